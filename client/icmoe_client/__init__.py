@@ -1,0 +1,1 @@
+"""A hospital: ClientApp, local trainer, site settings. Never imports icmoe_server."""

@@ -1,0 +1,1 @@
+"""A site's images: manifest, readers, views, and the cache of frozen features."""

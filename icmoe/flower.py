@@ -1,0 +1,131 @@
+"""The border to Flower: records to our types and back. The only core file that imports flwr.
+
+Wire keys stand here and nowhere else, kebab-case as Flower's own. One message carries one ``ArrayRecord`` ("arrays"), one
+``ConfigRecord`` ("about") and, in replies, one ``MetricRecord`` ("metrics").
+"""
+
+import numpy as np
+from flwr.app import Array as FlowerArray
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+
+from icmoe.errors import ExchangeError
+from icmoe.exchange import Instruction, Job, SiteReport, Update
+from icmoe.types import Array, Arrays
+
+ARRAYS, ABOUT, METRICS = "arrays", "about", "metrics"
+_JOBS: tuple[Job, ...] = ("train", "validate", "test")
+
+
+def pack_instruction(instruction: Instruction, arrays: Arrays) -> RecordDict:
+    """Instruction and global tensors as the content of a message."""
+    about = ConfigRecord(
+        {
+            "job": instruction.job,
+            "run-config": instruction.run_json,
+            "config-sha256": instruction.config_digest,
+            "server-round": instruction.server_round,
+        }
+    )
+    return RecordDict({ARRAYS: pack_arrays(arrays), ABOUT: about})
+
+
+def unpack_instruction(content: RecordDict) -> tuple[Instruction, dict[str, Array]]:
+    """Read what ``pack_instruction`` wrote.
+
+    Raises:
+        ExchangeError: if a record or key is missing.
+    """
+    about = content.config_records.get(ABOUT)
+    arrays = content.array_records.get(ARRAYS)
+    if about is None or arrays is None or about.get("job") not in _JOBS:
+        raise ExchangeError("the centre's message is not one of this version; run the same icmoe-fl everywhere")
+    try:
+        instruction = Instruction(
+            job=next(job for job in _JOBS if job == about["job"]),
+            run_json=str(about["run-config"]),
+            config_digest=str(about["config-sha256"]),
+            server_round=int(about["server-round"]),  # type: ignore[arg-type]
+        )
+    except KeyError as error:
+        raise ExchangeError(f"the centre's message lacks {error}; run the same icmoe-fl everywhere") from error
+    return instruction, unpack_arrays(arrays)
+
+
+def pack_report(report: SiteReport, arrays: Arrays | None = None) -> RecordDict:
+    """A site's report, with tensors after training, as the content of a reply."""
+    about = ConfigRecord(
+        {
+            "site": report.site,
+            "server-round": report.server_round,
+            "config-sha256": report.config_digest,
+            "backbone-sha256": report.backbone_digest,
+            "experts": list(report.expert_shares),
+        }
+    )
+    numbers = {name.replace("_", "-"): float(value) for name, value in report.numbers.items()}
+    metrics = MetricRecord(
+        {
+            **numbers,
+            "expert-shares": [float(share) for share in report.expert_shares.values()],
+            "dice-per-class": [float(dice) for dice in report.dice_per_class],
+        }
+    )
+    content = RecordDict({ABOUT: about, METRICS: metrics})
+    if arrays is not None:
+        content[ARRAYS] = pack_arrays(arrays)
+    return content
+
+
+def unpack_report(content: RecordDict) -> SiteReport:
+    """Read what ``pack_report`` wrote.
+
+    Raises:
+        ExchangeError: if a record or key is missing or of another type.
+    """
+    about, metrics = content.config_records.get(ABOUT), content.metric_records.get(METRICS)
+    if about is None or metrics is None:
+        raise ExchangeError("the reply lacks its about or metrics record")
+    try:
+        shares, per_class = metrics["expert-shares"], metrics["dice-per-class"]
+        return SiteReport(
+            site=str(about["site"]),
+            server_round=int(about["server-round"]),  # type: ignore[arg-type]
+            config_digest=str(about["config-sha256"]),
+            backbone_digest=str(about["backbone-sha256"]),
+            numbers={
+                name.replace("-", "_"): float(value)
+                for name, value in metrics.items()
+                if isinstance(value, int | float)
+            },
+            expert_shares=dict(zip(about["experts"], shares, strict=True)),  # type: ignore[arg-type]
+            dice_per_class=[float(dice) for dice in per_class],  # type: ignore[union-attr]
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ExchangeError(f"the reply's report is malformed: {error}") from error
+
+
+def unpack_update(content: RecordDict) -> Update:
+    """Read a training reply.
+
+    Raises:
+        ExchangeError: if a record is missing.
+    """
+    arrays = content.array_records.get(ARRAYS)
+    if arrays is None:
+        raise ExchangeError("the reply carries no tensors")
+    return Update(report=unpack_report(content), arrays=unpack_arrays(arrays))
+
+
+def pack_arrays(arrays: Arrays) -> ArrayRecord:
+    """Named tensors as a record; names travel as they are."""
+    return ArrayRecord({name: FlowerArray(np.ascontiguousarray(array)) for name, array in arrays.items()})
+
+
+def unpack_arrays(record: ArrayRecord) -> dict[str, Array]:
+    """Named tensors of a record."""
+    return {name: array.numpy() for name, array in record.items()}
+
+
+def reply(message: Message, content: RecordDict) -> Message:
+    """Answer a message."""
+    return Message(content, reply_to=message)

@@ -1,0 +1,194 @@
+"""Losses, as pure functions. Each returns one value per image.
+
+The total is a mean over images of per-image values, and nothing in a value looks at another image: a sample's gradient
+depends on that sample alone, which is what differential privacy later stands on.
+
+Letters: B batch, E experts, K classes, G logit grid, d length of a pixel embedding, A anchors.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from monai.losses import DiceLoss
+from torch import Tensor
+from torch.nn import functional as F
+
+from icmoe.modeling.icmoe import IcMoeOutput
+from icmoe.types import IGNORE_INDEX
+
+EPS = 1e-6
+_soft_dice = DiceLoss(include_background=False, reduction="none", smooth_nr=1.0, smooth_dr=1.0)
+
+
+def segmentation_loss(log_probabilities: Tensor, labels: Tensor) -> Tensor:
+    """Dice + cross-entropy per image; ignored pixels count in neither.
+
+    Args:
+        log_probabilities: (B, K, G, G).
+        labels: (B, G, G) class ids with ``IGNORE_INDEX``.
+
+    Returns:
+        (B,).
+    """
+    valid = (labels != IGNORE_INDEX).unsqueeze(1)
+    ids = labels.masked_fill(labels == IGNORE_INDEX, 0)
+    num_pixels = valid.sum(dim=(1, 2, 3)).clamp(min=1)
+    picked = log_probabilities.gather(1, ids.unsqueeze(1)) * valid
+    cross_entropy = -picked.sum(dim=(1, 2, 3)) / num_pixels
+    truth = F.one_hot(ids, log_probabilities.shape[1]).movedim(-1, 1) * valid
+    # MONAI reduces nothing here: (B, K-1, 1, 1), classes without background.
+    dice = _soft_dice(log_probabilities.exp() * valid, truth).flatten(1).mean(dim=1)
+    return cross_entropy + dice
+
+
+def label_consistency_loss(
+    gate_log_probabilities: Tensor, expert_log_probabilities: Tensor, labels: Tensor, *, temperature: float
+) -> Tensor:
+    """Teach the router which expert was right: cross-entropy of g(i) to softmax_e(log p_e,y(i) / tau), target detached.
+
+    Args:
+        gate_log_probabilities: log g (B, E, G, G).
+        expert_log_probabilities: (B, E, K, G, G).
+        labels: (B, G, G) with ``IGNORE_INDEX``.
+        temperature: tau.
+
+    Returns:
+        (B,).
+    """
+    valid = labels != IGNORE_INDEX
+    ids = labels.masked_fill(~valid, 0)
+    num_experts = gate_log_probabilities.shape[1]
+    index = ids[:, None, None].expand(-1, num_experts, 1, -1, -1)
+    target = (expert_log_probabilities.detach().gather(2, index).squeeze(2) / temperature).softmax(dim=1)
+    per_pixel = -(target * gate_log_probabilities).sum(dim=1) * valid
+    return per_pixel.sum(dim=(1, 2)) / valid.sum(dim=(1, 2)).clamp(min=1)
+
+
+def load_balancing_loss(gate_log_probabilities: Tensor) -> Tensor:
+    """E * sum_e mean_i(g_e)^2 - 1 per image: 0 when all experts carry the same load.
+
+    Args:
+        gate_log_probabilities: log g (B, E, G, G).
+
+    Returns:
+        (B,).
+    """
+    load = gate_log_probabilities.exp().mean(dim=(2, 3))
+    return load.shape[1] * load.square().sum(dim=1) - 1.0
+
+
+def choose_anchors(probabilities: Tensor, labels: Tensor, draws: Tensor, num_anchors: int) -> Tensor:
+    """Pick anchor pixels of each image: a third on class boundaries, a third uncertain, a third anywhere.
+
+    Args:
+        probabilities: fused (B, K, G, G).
+        labels: (B, G, G) with ``IGNORE_INDEX``.
+        draws: (B, G, G) uniform in [0, 1), drawn per image, which make the choice.
+        num_anchors: A, at least 3.
+
+    Returns:
+        (B, A) flat pixel indices. Where an image has too few boundary pixels, random ones take their place.
+    """
+    third = num_anchors // 3
+    valid = (labels != IGNORE_INDEX).float()
+    top = F.max_pool2d(labels.float().unsqueeze(1), 3, 1, 1).squeeze(1)
+    bottom = -F.max_pool2d(-labels.float().unsqueeze(1), 3, 1, 1).squeeze(1)
+    boundary = (top != bottom).float()
+    entropy = -(probabilities * (probabilities + EPS).log()).sum(dim=1)
+    scores = (boundary + draws, entropy + 0.1 * draws, 1.0 - draws)
+    sizes = (third, third, num_anchors - 2 * third)
+    chosen = [((score + 10.0) * valid).flatten(1).topk(size, dim=1).indices for score, size in zip(scores, sizes, strict=True)]
+    return torch.cat(chosen, dim=1)
+
+
+def semantic_contrast_loss(
+    pixels: Tensor, prototypes: Tensor, labels: Tensor, anchors: Tensor, *, temperature: float
+) -> Tensor:
+    """Semantic-guided contrast within one image (InfoNCE with two positives).
+
+    Positives of an anchor: its class prototype and the mean of its class in this image. Negatives: the other prototypes
+    and the anchors of other classes.
+
+    Args:
+        pixels: (B, d, G, G) unit length.
+        prototypes: (B, K, d) unit length.
+        labels: (B, G, G) with ``IGNORE_INDEX``.
+        anchors: (B, A) flat indices.
+        temperature: of InfoNCE.
+
+    Returns:
+        (B,).
+    """
+    num_classes = prototypes.shape[1]
+    flat, flat_labels = pixels.flatten(2), labels.flatten(1)
+    anchor_labels = flat_labels.gather(1, anchors)
+    valid = anchor_labels != IGNORE_INDEX
+    ids = anchor_labels.masked_fill(~valid, 0)
+    anchor_pixels = flat.gather(2, anchors.unsqueeze(1).expand(-1, flat.shape[1], -1)).transpose(1, 2)
+    members = torch.stack([(flat_labels == k).float() for k in range(num_classes)], dim=1)
+    means = F.normalize(torch.einsum("bkn,bdn->bkd", members, flat.detach()), dim=2)
+
+    to_prototypes = torch.einsum("bad,bkd->bak", anchor_pixels, prototypes) / temperature
+    own_mean = (anchor_pixels * means.gather(1, ids.unsqueeze(2).expand(-1, -1, means.shape[2]))).sum(2) / temperature
+    to_anchors = anchor_pixels @ anchor_pixels.transpose(1, 2) / temperature
+    other = (ids.unsqueeze(2) != ids.unsqueeze(1)) & valid.unsqueeze(1) & valid.unsqueeze(2)
+
+    own_prototype = to_prototypes.gather(2, ids.unsqueeze(2)).squeeze(2)
+    positive = torch.logaddexp(own_prototype, own_mean)
+    everything = torch.cat(
+        [to_prototypes, own_mean.unsqueeze(2), to_anchors.masked_fill(~other, -torch.inf)], dim=2
+    ).logsumexp(dim=2)
+    per_anchor = (everything - positive) * valid
+    return per_anchor.sum(dim=1) / valid.sum(dim=1).clamp(min=1)
+
+
+def icmoe_loss(
+    output: IcMoeOutput,
+    labels: Tensor,
+    draws: Tensor,
+    *,
+    weights: Mapping[str, float],
+    consistency_temperature: float,
+    contrast_temperature: float,
+    contrast_anchors: int,
+) -> Tensor:
+    """The whole training loss, one value per image.
+
+    Args:
+        output: of the model.
+        labels: (B, L, L) class ids with ``IGNORE_INDEX``, L a multiple of G. The fused probabilities are scored at L,
+            where evaluation looks; everything else on the logit grid.
+        draws: (B, G, G) uniform, see ``choose_anchors``.
+        weights: of ``expert``, ``consistency``, ``balance`` and ``contrast``; a weight of 0 skips the term.
+        consistency_temperature: tau.
+        contrast_temperature: of InfoNCE.
+        contrast_anchors: A.
+
+    Returns:
+        (B,). Take its mean.
+    """
+    grid, side = output.probabilities.shape[-1], labels.shape[-1]
+    fused = output.probabilities
+    if side != grid:
+        fused = F.interpolate(fused, size=(side, side), mode="bilinear", align_corners=False)
+    coarse = labels if side == grid else labels[:, side // grid // 2 :: side // grid, side // grid // 2 :: side // grid]
+    loss = segmentation_loss((fused + EPS).log(), labels)
+    num_experts = output.expert_log_probabilities.shape[1]
+    if weights["expert"]:
+        each = [segmentation_loss(output.expert_log_probabilities[:, e], coarse) for e in range(num_experts)]
+        loss = loss + weights["expert"] * torch.stack(each).mean(dim=0)
+    if weights["consistency"]:
+        loss = loss + weights["consistency"] * label_consistency_loss(
+            output.gate_log_probabilities,
+            output.expert_log_probabilities,
+            coarse,
+            temperature=consistency_temperature,
+        )
+    if weights["balance"]:
+        loss = loss + weights["balance"] * load_balancing_loss(output.gate_log_probabilities)
+    if weights["contrast"] and output.pixels is not None and output.prototypes is not None:
+        anchors = choose_anchors(output.probabilities.detach(), coarse, draws, contrast_anchors)
+        loss = loss + weights["contrast"] * semantic_contrast_loss(
+            output.pixels, output.prototypes, coarse, anchors, temperature=contrast_temperature
+        )
+    return loss

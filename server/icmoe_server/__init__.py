@@ -1,0 +1,1 @@
+"""The study centre: ServerApp, strategies, books of the run. Never imports torch nor icmoe_client."""
