@@ -18,8 +18,8 @@ def weighted_average(
 ) -> dict[str, Array]:
     """Average every tensor over the sites that sent it.
 
-    A site's weight is its number of examples; with ``votes`` that number times the share of its pixels an expert won, so
-    that an expert follows the sites that use it. The router is always weighted by examples.
+    A site's weight is its number of examples; with ``votes`` that number times the share of its pixels an expert won,
+    so that an expert follows the sites that use it. The router is always weighted by examples.
 
     Args:
         updates: good replies in site order, which fixes the order of the sums.

@@ -1,7 +1,7 @@
 """Files of a run directory, each complete or absent. Numpy and safetensors only.
 
-``checkpoints/round_NNN/{adapters.safetensors, manifest.json}`` and ``best/`` hold the global tensors; the manifest binds
-them to round, config and backbone.
+``checkpoints/round_NNN/{adapters.safetensors, manifest.json}`` and ``best/`` hold the global tensors; the manifest
+binds them to round, config and backbone.
 """
 
 import json
@@ -41,6 +41,11 @@ class Checkpoint:
     strategy_state: Arrays
 
 
+def holds_run(folder: Path) -> bool:
+    """Whether a folder is a run directory, or holds one per seed."""
+    return any(folder.glob("config.sha256")) or any(folder.glob("seed_*/config.sha256"))
+
+
 def round_folder(run_dir: Path, server_round: int) -> Path:
     """Where the checkpoint of a round is."""
     return run_dir / "checkpoints" / f"round_{server_round:03d}"
@@ -62,11 +67,12 @@ def save_checkpoint(run_dir: Path, checkpoint: Checkpoint) -> Path:
             write_arrays(temporary / STRATEGY, checkpoint.strategy_state)
         about = {key: value for key, value in asdict(checkpoint).items() if key not in ("arrays", "strategy_state")}
         write_json(temporary / MANIFEST, about)
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
+        _replace_folder(temporary, folder)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise RunError(f"cannot write the checkpoint {folder}: {error.strerror}. Free some space and use --resume.") from error
+        raise RunError(
+            f"cannot write the checkpoint {folder}: {error.strerror}. Free some space and use --resume."
+        ) from error
     return folder
 
 
@@ -85,7 +91,9 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             strategy_state=load_file(strategy) if strategy.exists() else {},
         )
     except (OSError, ValueError, TypeError, SafetensorError) as error:
-        raise CheckpointError(f"the checkpoint {folder} cannot be read ({error}). Resume from an earlier round or start anew.") from error
+        raise CheckpointError(
+            f"the checkpoint {folder} cannot be read ({error}). Resume from an earlier round or start anew."
+        ) from error
 
 
 def latest_checkpoint(run_dir: Path) -> Checkpoint:
@@ -94,19 +102,41 @@ def latest_checkpoint(run_dir: Path) -> Checkpoint:
     Raises:
         CheckpointError: if there is none.
     """
-    folders = sorted((run_dir / "checkpoints").glob("round_*"))
+    folders = sorted((run_dir / "checkpoints").glob("round_*"), key=lambda folder: int(folder.name.split("_")[1]))
     if not folders:
         raise CheckpointError(f"{run_dir} holds no checkpoint; start the run without --resume.")
     return load_checkpoint(folders[-1])
 
 
-def copy_as_best(run_dir: Path, server_round: int) -> None:
-    """Make ``best/`` the checkpoint of a round."""
+def mark_best(run_dir: Path, server_round: int) -> None:
+    """Make ``best/`` the checkpoint of a round: a link, because only a link can be replaced in one step.
+
+    Raises:
+        RunError: if it cannot be written.
+    """
     best, temporary = run_dir / "best", run_dir / ".best.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(round_folder(run_dir, server_round), temporary)
-    shutil.rmtree(best, ignore_errors=True)
-    temporary.rename(best)
+    try:
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(round_folder(run_dir, server_round).relative_to(run_dir))
+        temporary.replace(best)
+    except OSError as error:
+        raise RunError(
+            f"cannot mark the best checkpoint {best}: {error.strerror}. Free some space and use --resume."
+        ) from error
+
+
+def _replace_folder(new: Path, folder: Path) -> None:
+    """Put ``new`` in the place of ``folder``.
+
+    A folder cannot be replaced in one step: the old one is moved aside first, so that a kill leaves the old, none, or
+    the new one, but never a part.
+    """
+    aside = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(aside, ignore_errors=True)
+    if folder.exists():
+        folder.rename(aside)
+    new.rename(folder)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_arrays(path: Path, arrays: Mapping[str, Array]) -> None:

@@ -1,7 +1,7 @@
-"""What a federation trains: one frozen ``RunConfig`` that lives in ``configs/run/*.yaml`` and travels as one JSON string.
+"""What a federation trains: one frozen ``RunConfig``, kept in ``configs/run/*.yaml``, sent as one JSON string.
 
-Every default of a run is written here and nowhere else. What belongs to a hospital (paths, device, memory, keys, limits)
-is not in this file: see ``icmoe_client.site``.
+Every default of a run is written here and nowhere else. What belongs to a hospital (paths, device, memory, keys,
+limits) is not in this file: see ``icmoe_client.site``.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ UNWEIGHTED_STRATEGIES = ("fedmedian", "fedtrimmedavg", "krum")
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class TaskConfig(_Section):
@@ -34,7 +34,9 @@ class TaskConfig(_Section):
 
     name: str = Field(min_length=1, description="short name of the task, for reports")
     classes: dict[str, int] = Field(
-        min_length=1, description="class name -> raw mask value; class ids follow this order from 1. 0 is background"
+        min_length=1,
+        max_length=254,
+        description="class name -> raw mask value; class ids follow this order from 1. 0 is background",
     )
     ignore: tuple[int, ...] = Field(default=(), description="raw mask values that count nowhere")
     note: str = Field(default="", description="printed as the first line of every report of this task")
@@ -76,19 +78,31 @@ class ModelConfig(_Section):
 
     backbone: BackboneName = "lite_medsam"
     image_size: int | None = Field(
-        default=None, ge=64, le=1024, multiple_of=16,
+        default=None,
+        ge=64,
+        le=1024,
+        multiple_of=16,
         description="side S of the square image the backbone sees; null is its native size",
     )
     experts: ExpertsConfig = ExpertsConfig()
-    width: int = Field(default=64, ge=8, le=256, multiple_of=8, description="channels inside semantic and adaptive experts")
+    width: int = Field(
+        default=64, ge=16, le=256, multiple_of=16, description="channels inside semantic and adaptive experts"
+    )
     residual_rank: int = Field(default=16, ge=1, le=128, description="rank of the basic expert's residual")
-    temperature: float = Field(default=0.1, gt=0.0, description="initial temperature of the semantic expert's cosine logits")
+    temperature: float = Field(
+        default=0.1, gt=0.0, description="initial temperature of the semantic expert's cosine logits"
+    )
     detail_size: int | None = Field(
-        default=None, ge=64, le=2048, multiple_of=16,
+        default=None,
+        ge=64,
+        le=2048,
+        multiple_of=16,
         description="side D of the square image the adaptive experts' stem sees; null is image_size",
     )
     logit_stride: int | None = Field(
-        default=None, ge=1, le=16,
+        default=None,
+        ge=1,
+        le=16,
         description="pixels of the image_size square per logit; null is half the embedding's stride, a grid of 2h x 2w",
     )
     top_k: int | None = Field(default=None, ge=1, description="keep the k largest votes per pixel; null keeps all")
@@ -128,7 +142,9 @@ class TrainConfig(_Section):
     views: tuple[View, ...] = Field(
         default=("identity",), min_length=1, description="cached geometric views; each epoch draws one per image"
     )
-    embedding_noise: float = Field(default=0.0, ge=0.0, description="std of noise on embeddings, in units of their own std")
+    embedding_noise: float = Field(
+        default=0.0, ge=0.0, description="std of noise on embeddings, in units of their own std"
+    )
     basic_every: int = Field(
         default=1, ge=1, description="the basic experts take part in every n-th step only; evaluation always uses them"
     )
@@ -175,7 +191,9 @@ class FederationConfig(_Section):
     trim: float = Field(default=0.2, ge=0.0, lt=0.5, description="FedTrimmedAvg: share cut at each end")
     num_malicious: int = Field(default=0, ge=0, description="Krum: number of malicious sites to withstand")
     min_replies: int = Field(default=1, ge=1, description="good replies a round needs to change the model")
-    max_update_norm: float = Field(default=1e3, gt=0.0, description="L2 norm of a site's change above which it is quarantined")
+    max_update_norm: float = Field(
+        default=1e3, gt=0.0, description="L2 norm of a site's change above which it is quarantined"
+    )
     round_timeout: float = Field(default=3600.0, gt=0.0, description="seconds")
 
     @model_validator(mode="after")
@@ -192,6 +210,9 @@ class FederationConfig(_Section):
 class SimulationConfig(_Section):
     """How ``icmoe-fl simulate`` makes sites from one data folder. Real deployments ignore it."""
 
+    embedded_data: bool = Field(
+        default=False, description="without --data, use the demo images this package makes itself"
+    )
     partition: Literal["manifest", "iid", "dirichlet"] = "manifest"
     num_sites: int | None = Field(default=None, ge=1, description="for iid and dirichlet")
     alpha: float = Field(default=0.5, gt=0.0, description="dirichlet: small is uneven")
@@ -216,7 +237,10 @@ class RunConfig(_Section):
 
     def digest(self) -> str:
         """Sha256 of the canonical JSON form, the same at every site and at the centre."""
-        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        content = self.model_dump(mode="json")
+        # The order of classes gives their ids, so it must count; sorted keys would hide it.
+        content["task"]["classes"] = list(content["task"]["classes"].items())
+        canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
 
@@ -236,11 +260,15 @@ def load_run_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"cannot read the run config {path}: {error.strerror}. Shipped ones are in configs/run/.") from error
+        raise ConfigError(
+            f"cannot read the run config {path}: {error.strerror}. Shipped ones are in configs/run/."
+        ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(raw, dict):
-        raise ConfigError(f"{path} must hold a mapping with the key 'task' and optional sections; see configs/run/cardiac.yaml")
+        raise ConfigError(
+            f"{path} must hold a mapping with the key 'task' and optional sections; see configs/run/cardiac.yaml"
+        )
     for override in overrides:
         _apply_override(raw, override)
     return parse_run_config(raw, source=str(path))
@@ -287,7 +315,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     *parents, last = key.split(".")
     node = raw
     for parent in parents:
-        child = node.setdefault(parent, {})
+        child = node[parent] = {} if node.get(parent) is None else node[parent]
         if not isinstance(child, dict):
             raise ConfigError(f"--set {override}: {parent!r} is a value, not a section")
         node = child
@@ -295,4 +323,3 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         node[last] = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {override}: the value is not valid YAML") from error
-

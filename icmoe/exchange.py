@@ -14,6 +14,9 @@ from icmoe.config import CommunicationConfig, ScopeConfig
 from icmoe.errors import ExchangeError, IncompatibleUpdateError
 from icmoe.types import FAMILIES, Array, Arrays
 
+MAX_EXAMPLES = 10**9
+"""More images than any site has; a larger count is a mistake or an attempt to outweigh everybody."""
+
 Job = Literal["train", "validate", "test"]
 
 
@@ -102,7 +105,7 @@ def shared_names(names: Sequence[str], scope: ScopeConfig, normalisation: frozen
         if name in normalisation and scope.norm == "local":
             return False
         expert = expert_of(name)
-        return getattr(scope, "router" if expert is None else expert.split(".")[0]) == "global"
+        return bool(getattr(scope, "router" if expert is None else expert.split(".")[0]) == "global")
 
     return tuple(name for name in names if is_global(name))
 
@@ -132,7 +135,8 @@ def extract_update(
         expert = expert_of(name)
         if expert is not None and expert_shares.get(expert, 0.0) < communication.min_expert_share:
             continue
-        array = arrays[name].astype(communication.dtype)
+        with np.errstate(over="ignore"):
+            array = arrays[name].astype(communication.dtype)
         if not np.isfinite(array).all():
             raise ExchangeError(f"the tensor {name!r} is not finite as {communication.dtype}; nothing was sent")
         picked[name] = array
@@ -165,13 +169,16 @@ def check_update(
     """
     report = update.report
     _expect("round", report.server_round, server_round)
-    _expect("run config", report.config_digest[:12], config_digest[:12])
-    _expect("backbone", report.backbone_digest[:12], backbone_digest[:12])
+    _expect("run config", report.config_digest, config_digest)
+    _expect("backbone", report.backbone_digest, backbone_digest)
     for name in ("num_examples", "train_loss"):
         if not np.isfinite(report.numbers.get(name, np.nan)):
             raise IncompatibleUpdateError(f"the reply's {name} is missing or not finite")
-    if update.num_examples <= 0:
+    if not 0 < update.num_examples <= MAX_EXAMPLES:
         raise IncompatibleUpdateError(f"the reply counts {update.num_examples} examples")
+    for expert, share in report.expert_shares.items():
+        if not 0.0 <= share <= 1.0:
+            raise IncompatibleUpdateError(f"the share of expert {expert} is {share}, expected 0 to 1")
     _check_names(update.arrays, reference, allow_missing_experts=communication.min_expert_share > 0)
     squared = 0.0
     for name, array in update.arrays.items():
@@ -199,6 +206,6 @@ def _check_names(arrays: Arrays, reference: Arrays, *, allow_missing_experts: bo
         raise IncompatibleUpdateError(f"{len(missing)} tensors are missing, first {(partial or missing)[0]}")
 
 
-def _expect(what: str, got: object, expected: object) -> None:
+def _expect(what: str, got: int | str, expected: int | str) -> None:
     if got != expected:
-        raise IncompatibleUpdateError(f"the reply is for {what} {got}, expected {expected}")
+        raise IncompatibleUpdateError(f"the reply is for {what} {str(got)[:12]}, expected {str(expected)[:12]}")

@@ -1,12 +1,18 @@
 """The border to Flower: records to our types and back. The only core file that imports flwr.
 
-Wire keys stand here and nowhere else, kebab-case as Flower's own. One message carries one ``ArrayRecord`` ("arrays"), one
-``ConfigRecord`` ("about") and, in replies, one ``MetricRecord`` ("metrics").
+Wire keys stand here and nowhere else, kebab-case as Flower's own. One message carries one ``ArrayRecord`` ("arrays"),
+one ``ConfigRecord`` ("about") and, in replies, one ``MetricRecord`` ("metrics").
 """
+
+import logging
+import os
 
 import numpy as np
 from flwr.app import Array as FlowerArray
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import Context as Context
+from flwr.clientapp import ClientApp
+from flwr.serverapp import ServerApp
 
 from icmoe.errors import ExchangeError
 from icmoe.exchange import Instruction, Job, SiteReport, Update
@@ -46,8 +52,8 @@ def unpack_instruction(content: RecordDict) -> tuple[Instruction, dict[str, Arra
             config_digest=str(about["config-sha256"]),
             server_round=int(about["server-round"]),  # type: ignore[arg-type]
         )
-    except KeyError as error:
-        raise ExchangeError(f"the centre's message lacks {error}; run the same icmoe-fl everywhere") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise ExchangeError(f"the centre's message is malformed ({error}); run the same icmoe-fl everywhere") from error
     return instruction, unpack_arrays(arrays)
 
 
@@ -97,7 +103,7 @@ def unpack_report(content: RecordDict) -> SiteReport:
                 for name, value in metrics.items()
                 if isinstance(value, int | float)
             },
-            expert_shares=dict(zip(about["experts"], shares, strict=True)),  # type: ignore[arg-type]
+            expert_shares=dict(zip(about["experts"], shares, strict=True)),  # type: ignore[arg-type, misc]
             dice_per_class=[float(dice) for dice in per_class],  # type: ignore[union-attr]
         )
     except (KeyError, TypeError, ValueError) as error:
@@ -116,16 +122,76 @@ def unpack_update(content: RecordDict) -> Update:
     return Update(report=unpack_report(content), arrays=unpack_arrays(arrays))
 
 
+def pack_site_name(name: str) -> RecordDict:
+    """Answer to "who are you"."""
+    return RecordDict({ABOUT: ConfigRecord({"site": name})})
+
+
+def unpack_site_name(content: RecordDict) -> str:
+    """Read what ``pack_site_name`` wrote.
+
+    Raises:
+        ExchangeError: if the reply is another one.
+    """
+    about = content.config_records.get(ABOUT)
+    if about is None or not isinstance(about.get("site"), str):
+        raise ExchangeError("the site did not give its name")
+    return str(about["site"])
+
+
 def pack_arrays(arrays: Arrays) -> ArrayRecord:
     """Named tensors as a record; names travel as they are."""
     return ArrayRecord({name: FlowerArray(np.ascontiguousarray(array)) for name, array in arrays.items()})
 
 
 def unpack_arrays(record: ArrayRecord) -> dict[str, Array]:
-    """Named tensors of a record."""
-    return {name: array.numpy() for name, array in record.items()}
+    """Named tensors of a record.
+
+    Raises:
+        ExchangeError: if the bytes of one are damaged.
+    """
+    arrays = {}
+    for name, array in record.items():
+        try:
+            arrays[name] = array.numpy()
+        except (ValueError, EOFError, TypeError, OSError) as error:
+            raise ExchangeError(f"the tensor {name!r} cannot be read: {error}") from error
+    return arrays
 
 
 def reply(message: Message, content: RecordDict) -> Message:
     """Answer a message."""
     return Message(content, reply_to=message)
+
+
+def run_in_simulation(
+    server_app: ServerApp, client_app: ClientApp, *, num_sites: int, num_cpus: int, num_gpus: int, verbose: bool
+) -> None:
+    """Run both apps with Flower's simulation engine (Ray): one process per CPU, or one on the GPU where there is one.
+
+    Raises:
+        Exception: what the ServerApp raised.
+    """
+    # Costs seconds and is of no use to a site's process.
+    from flwr.simulation import run_simulation
+
+    # Flower announces every message and warns that this entry point will move to its own command line one day.
+    # Ray runs its workers at niceness 15 otherwise: on a busy machine they would hardly start.
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    logging.getLogger("flwr").setLevel(logging.INFO if verbose else logging.CRITICAL)
+    run_simulation(
+        server_app=server_app,
+        client_app=client_app,
+        num_supernodes=num_sites,
+        backend_config={
+            "init_args": {
+                "num_cpus": min(num_cpus, num_sites) if not num_gpus else 1,
+                "num_gpus": num_gpus,
+                "object_store_memory": 512 * 2**20,
+                "include_dashboard": False,
+                "log_to_driver": verbose,
+                "logging_level": "INFO" if verbose else "ERROR",
+            },
+            "client_resources": {"num_cpus": 1, "num_gpus": float(num_gpus)},
+        },
+    )

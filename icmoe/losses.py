@@ -20,6 +20,12 @@ EPS = 1e-6
 _soft_dice = DiceLoss(include_background=False, reduction="none", smooth_nr=1.0, smooth_dr=1.0)
 
 
+def at_grid(labels: Tensor, grid: int) -> Tensor:
+    """Labels (B, L, L) on the logit grid (B, G, G), by the pixel in the middle of each cell; L is a multiple of G."""
+    stride = labels.shape[-1] // grid
+    return labels[:, stride // 2 :: stride, stride // 2 :: stride]
+
+
 def segmentation_loss(log_probabilities: Tensor, labels: Tensor) -> Tensor:
     """Dice + cross-entropy per image; ignored pixels count in neither.
 
@@ -37,7 +43,7 @@ def segmentation_loss(log_probabilities: Tensor, labels: Tensor) -> Tensor:
     cross_entropy = -picked.sum(dim=(1, 2, 3)) / num_pixels
     truth = F.one_hot(ids, log_probabilities.shape[1]).movedim(-1, 1) * valid
     # MONAI reduces nothing here: (B, K-1, 1, 1), classes without background.
-    dice = _soft_dice(log_probabilities.exp() * valid, truth).flatten(1).mean(dim=1)
+    dice: Tensor = _soft_dice(log_probabilities.exp() * valid, truth).flatten(1).mean(dim=1)
     return cross_entropy + dice
 
 
@@ -64,17 +70,20 @@ def label_consistency_loss(
     return per_pixel.sum(dim=(1, 2)) / valid.sum(dim=(1, 2)).clamp(min=1)
 
 
-def load_balancing_loss(gate_log_probabilities: Tensor) -> Tensor:
+def load_balancing_loss(gate_log_probabilities: Tensor, labels: Tensor) -> Tensor:
     """E * sum_e mean_i(g_e)^2 - 1 per image: 0 when all experts carry the same load.
 
     Args:
         gate_log_probabilities: log g (B, E, G, G).
+        labels: (B, G, G) with ``IGNORE_INDEX``; only for telling which pixels count.
 
     Returns:
         (B,).
     """
-    load = gate_log_probabilities.exp().mean(dim=(2, 3))
-    return load.shape[1] * load.square().sum(dim=1) - 1.0
+    valid = (labels != IGNORE_INDEX).unsqueeze(1)
+    load = (gate_log_probabilities.exp() * valid).sum(dim=(2, 3)) / valid.sum(dim=(2, 3)).clamp(min=1)
+    # An image without a pixel that counts has no load at all, and no loss.
+    return (load.shape[1] * load.square().sum(dim=1) - 1.0) * valid.any(dim=(1, 2, 3))
 
 
 def choose_anchors(probabilities: Tensor, labels: Tensor, draws: Tensor, num_anchors: int) -> Tensor:
@@ -89,15 +98,20 @@ def choose_anchors(probabilities: Tensor, labels: Tensor, draws: Tensor, num_anc
     Returns:
         (B, A) flat pixel indices. Where an image has too few boundary pixels, random ones take their place.
     """
+    num_anchors = min(num_anchors, 3 * (labels[0].numel() // 3))
     third = num_anchors // 3
-    valid = (labels != IGNORE_INDEX).float()
-    top = F.max_pool2d(labels.float().unsqueeze(1), 3, 1, 1).squeeze(1)
+    is_valid = labels != IGNORE_INDEX
+    valid = is_valid.float()
+    # Highest and lowest class in the 3 x 3 neighbourhood, over pixels that count: padding is no boundary.
+    top = F.max_pool2d(labels.masked_fill(~is_valid, -1).float().unsqueeze(1), 3, 1, 1).squeeze(1)
     bottom = -F.max_pool2d(-labels.float().unsqueeze(1), 3, 1, 1).squeeze(1)
-    boundary = (top != bottom).float()
+    boundary = ((top > bottom) & is_valid).float()
     entropy = -(probabilities * (probabilities + EPS).log()).sum(dim=1)
     scores = (boundary + draws, entropy + 0.1 * draws, 1.0 - draws)
     sizes = (third, third, num_anchors - 2 * third)
-    chosen = [((score + 10.0) * valid).flatten(1).topk(size, dim=1).indices for score, size in zip(scores, sizes, strict=True)]
+    chosen = [
+        ((score + 10.0) * valid).flatten(1).topk(size, dim=1).indices for score, size in zip(scores, sizes, strict=True)
+    ]
     return torch.cat(chosen, dim=1)
 
 
@@ -134,7 +148,8 @@ def semantic_contrast_loss(
     other = (ids.unsqueeze(2) != ids.unsqueeze(1)) & valid.unsqueeze(1) & valid.unsqueeze(2)
 
     own_prototype = to_prototypes.gather(2, ids.unsqueeze(2)).squeeze(2)
-    positive = torch.logaddexp(own_prototype, own_mean)
+    # The mean of both logarithms: their joint sum would be content with either, and let two prototypes coincide.
+    positive = 0.5 * (own_prototype + own_mean)
     everything = torch.cat(
         [to_prototypes, own_mean.unsqueeze(2), to_anchors.masked_fill(~other, -torch.inf)], dim=2
     ).logsumexp(dim=2)
@@ -171,7 +186,7 @@ def icmoe_loss(
     fused = output.probabilities
     if side != grid:
         fused = F.interpolate(fused, size=(side, side), mode="bilinear", align_corners=False)
-    coarse = labels if side == grid else labels[:, side // grid // 2 :: side // grid, side // grid // 2 :: side // grid]
+    coarse = at_grid(labels, grid)
     loss = segmentation_loss((fused + EPS).log(), labels)
     num_experts = output.expert_log_probabilities.shape[1]
     if weights["expert"]:
@@ -185,7 +200,7 @@ def icmoe_loss(
             temperature=consistency_temperature,
         )
     if weights["balance"]:
-        loss = loss + weights["balance"] * load_balancing_loss(output.gate_log_probabilities)
+        loss = loss + weights["balance"] * load_balancing_loss(output.gate_log_probabilities, coarse)
     if weights["contrast"] and output.pixels is not None and output.prototypes is not None:
         anchors = choose_anchors(output.probabilities.detach(), coarse, draws, contrast_anchors)
         loss = loss + weights["contrast"] * semantic_contrast_loss(

@@ -3,6 +3,7 @@
 An image's Dice is the mean over the foreground classes present in its truth; a site's is the mean over its images.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -85,13 +86,16 @@ def _hd95(
         elif not predicted[0, index].any():
             result.append(diagonal)
         else:
-            distance = compute_hausdorff_distance(
-                predicted[:, index : index + 1],
-                expected[:, index : index + 1],
-                include_background=True,
-                percentile=95,
-                spacing=(row, column),
-            )
+            with warnings.catch_warnings():
+                # MONAI's own code calls its deprecated option.
+                warnings.filterwarnings("ignore", message=".*get_mask_edges", category=FutureWarning)
+                distance = compute_hausdorff_distance(
+                    predicted[:, index : index + 1],
+                    expected[:, index : index + 1],
+                    include_background=True,
+                    percentile=95,
+                    spacing=(row, column),
+                )
             result.append(float(distance[0, 0]))
     return result
 

@@ -4,7 +4,7 @@ Letters: B batch, C = 256, h embedding grid, D detail side, L label side, G logi
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from icmoe.config import TrainConfig
-from icmoe.errors import RunError
-from icmoe.losses import icmoe_loss
+from icmoe.errors import ExchangeError, RunError
+from icmoe.losses import at_grid, icmoe_loss
 from icmoe.metrics import ImageScore, Labels, score_image
 from icmoe.modeling.decoder import FrozenDecoder
 from icmoe.modeling.icmoe import IcMoe
@@ -24,32 +24,48 @@ from icmoe.types import IGNORE_INDEX
 class TrainItem(Protocol):
     """One image of one view: embeddings (C, h, h), detail (3, D, D), labels (L, L)."""
 
-    embeddings: Tensor
-    detail: Tensor
-    labels: Tensor
+    @property
+    def embeddings(self) -> Tensor:
+        """(C, h, h) float32."""
+
+    @property
+    def detail(self) -> Tensor:
+        """(3, D, D) in [0, 1]."""
+
+    @property
+    def labels(self) -> Tensor:
+        """(L, L) class ids."""
 
 
 class TrainData(Protocol):
     """What training needs of a data set; ``icmoe.data.dataset.SegmentationDataset`` is one."""
 
-    def __len__(self) -> int: ...
-    def load(self, index: int, view: str) -> TrainItem: ...
+    def __len__(self) -> int:
+        """Count images."""
+
+    def load(self, index: int, view: str) -> TrainItem:
+        """Read an image in a view."""
 
 
 class ScoreData(TrainData, Protocol):
     """What scoring needs beside it."""
 
-    def original_labels(self, index: int) -> Labels: ...
-    def restore(self, index: int, probabilities: Tensor) -> Tensor: ...
-    def spacing(self, index: int) -> tuple[float, float] | None: ...
+    def original_labels(self, index: int) -> Labels:
+        """(H, W) class ids at the image's own resolution."""
+
+    def restore(self, index: int, probabilities: Tensor) -> Tensor:
+        """(K, G, G) on the padded square to (K, H, W)."""
+
+    def spacing(self, index: int) -> tuple[float, float] | None:
+        """Millimetres per pixel (row, column)."""
 
 
 @dataclass(frozen=True)
 class TrainResult:
     """Outcome of local training.
 
-    ``expert_shares`` is the share of the vote each expert won in the last epoch, over all pixels that count, summing to
-    1; steps without the basic experts are left out.
+    ``expert_shares`` is the share of the vote each expert won, over all pixels that count, summing to 1; steps without
+    the basic experts are left out.
     """
 
     loss: float
@@ -70,6 +86,7 @@ def train_local(
     data: TrainData,
     *,
     config: TrainConfig,
+    views: Sequence[str],
     learning_rate: float,
     seed: Sequence[int],
     proximal_mu: float = 0.0,
@@ -83,6 +100,7 @@ def train_local(
         decoder: the backbone's frozen decoder.
         data: training images of one site.
         config: the run's train section.
+        views: cached views to draw from; each epoch draws one per image.
         learning_rate: of this round.
         seed: such as (run seed, crc of the site's name, round); the same seed gives the same result on one machine.
         proximal_mu: FedProx: adds mu / 2 * ||w - w_received||^2.
@@ -104,17 +122,16 @@ def train_local(
     shares = torch.zeros(len(model.expert_names))
     step = 0
     for epoch in range(config.local_epochs):
-        last_epoch = epoch == config.local_epochs - 1
-        for batch in _batches(rng, len(data), config.batch_size):
+        for pairs in _batches(rng, len(data), config.batch_size):
+            batch = [_Draw(index, views[draw % len(views)], int(draw)) for index, draw in pairs]
             with_basic = step % config.basic_every == 0
             optimizer.zero_grad(set_to_none=True)
             batch_loss = 0.0
             for part in _parts(batch, max_physical_batch_size):
-                loss, votes = _part_loss(model, decoder, data, part, rng=rng, config=config, with_basic=with_basic)
+                loss, votes = _part_loss(model, decoder, data, part, config=config, with_basic=with_basic)
                 (loss / len(batch)).backward()  # type: ignore[no-untyped-call]
                 batch_loss += float(loss.detach()) / len(batch)
-                if last_epoch and with_basic:
-                    shares += votes
+                shares += votes
             if received:
                 _add_proximal_gradient(model, received, proximal_mu)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
@@ -125,7 +142,7 @@ def train_local(
                 )
             optimizer.step()
             step += 1
-            if last_epoch:
+            if epoch == config.local_epochs - 1:
                 losses.append(batch_loss)
             if progress:
                 progress(step, steps_per_epoch * config.local_epochs)
@@ -137,24 +154,26 @@ def _part_loss(
     model: IcMoe,
     decoder: FrozenDecoder,
     data: TrainData,
-    part: Sequence[tuple[int, int]],
+    part: Sequence["_Draw"],
     *,
-    rng: np.random.Generator,
     config: TrainConfig,
     with_basic: bool,
 ) -> tuple[Tensor, Tensor]:
     """Summed loss of some images, and their summed votes (E,)."""
-    items = [data.load(index, config.views[draw % len(config.views)]) for index, draw in part]
+    items = [data.load(draw.index, draw.view) for draw in part]
+    # Each image brings its own randomness, so that neither batch nor part changes what it gets.
+    generators = [np.random.default_rng(draw.seed) for draw in part]
     device = next(model.parameters()).device
     embeddings, detail = _inputs(items, device)
     if config.embedding_noise:
-        noise = torch.from_numpy(rng.standard_normal(embeddings.shape, dtype=np.float32)).to(device)
+        noise = _stack(generator.standard_normal(embeddings.shape[1:], dtype=np.float32) for generator in generators)
+        noise = noise.to(device)
         embeddings = embeddings + config.embedding_noise * embeddings.std(dim=(1, 2, 3), keepdim=True) * noise
     labels = torch.stack([item.labels for item in items]).long().to(device)
     with autocast(device, config.precision):
         output = model(embeddings, detail, decoder, with_basic=with_basic)
     grid = output.probabilities.shape[-1]
-    draws = torch.from_numpy(rng.random((len(items), grid, grid), dtype=np.float32)).to(device)
+    draws = _stack(generator.random((grid, grid), dtype=np.float32) for generator in generators).to(device)
     loss = icmoe_loss(
         output,
         labels,
@@ -167,8 +186,7 @@ def _part_loss(
     num_experts = len(model.expert_names)
     if output.votes.shape[1] < num_experts:
         return loss, torch.zeros(num_experts)
-    stride = labels.shape[-1] // grid
-    valid = (labels[:, ::stride, ::stride] != IGNORE_INDEX).unsqueeze(1)
+    valid = (at_grid(labels, grid) != IGNORE_INDEX).unsqueeze(1)
     return loss, (output.votes.detach() * valid).sum(dim=(0, 2, 3)).cpu()
 
 
@@ -228,10 +246,17 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 def load_arrays(model: IcMoe, arrays: Mapping[str, np.ndarray]) -> None:
-    """Set the named parameters of ``model``; names it lacks are an error, names left out keep their value."""
+    """Set the named parameters of ``model``; names left out keep their value.
+
+    Raises:
+        ExchangeError: if the model has no such tensor or one of another shape.
+    """
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, array in arrays.items():
+            if name not in parameters or parameters[name].shape != array.shape:
+                has = tuple(parameters[name].shape) if name in parameters else "no such tensor"
+                raise ExchangeError(f"tensor {name} has shape {array.shape}; the model of this run config has {has}")
             parameters[name].copy_(torch.from_numpy(np.asarray(array, dtype=np.float32)))
 
 
@@ -248,7 +273,20 @@ def _batches(rng: np.random.Generator, num_images: int, batch_size: int) -> Iter
     return (pairs[start : start + batch_size] for start in range(0, num_images, batch_size))
 
 
-def _parts(batch: list[tuple[int, int]], size: int | None) -> Iterator[list[tuple[int, int]]]:
+@dataclass(frozen=True)
+class _Draw:
+    """An image of a batch: which view of it, and the seed of its own randomness."""
+
+    index: int
+    view: str
+    seed: int
+
+
+def _stack(arrays: Iterable[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.stack(list(arrays)))
+
+
+def _parts(batch: list[_Draw], size: int | None) -> Iterator[list[_Draw]]:
     size = size or len(batch)
     return (batch[start : start + size] for start in range(0, len(batch), size))
 

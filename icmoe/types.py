@@ -22,4 +22,7 @@ Family = Literal["basic", "semantic", "adaptive"]
 FAMILIES: tuple[Family, ...] = ("basic", "semantic", "adaptive")
 
 IGNORE_INDEX = 255
-"""Class id of pixels that count nowhere (padding, ignored values). Only after mapping: a raw 255 has no meaning of its own."""
+"""Class id of pixels that count nowhere (padding, ignored values).
+
+Only after mapping: a raw 255 has no meaning of its own.
+"""

@@ -1,5 +1,7 @@
 """From config to modules: the only place below the apps that knows both. All sizes are decided here."""
 
+from typing import cast
+
 import torch
 from torch import nn
 
@@ -42,7 +44,8 @@ def detail_size(config: ModelConfig, backbone: Backbone) -> int:
     """
     size = config.detail_size or max(backbone.image_size, grid_size(config, backbone))
     if size % grid_size(config, backbone):
-        raise ConfigError(f"model.detail_size {size} must be a multiple of the logit grid {grid_size(config, backbone)}")
+        grid = grid_size(config, backbone)
+        raise ConfigError(f"model.detail_size {size} must be a multiple of the logit grid {grid}")
     return size
 
 
@@ -63,9 +66,7 @@ def build_icmoe(config: ModelConfig, *, num_classes: int, backbone: Backbone, se
         torch.manual_seed(seed)
         model = IcMoe(
             basic=[
-                BasicExpert(
-                    embed_dim=EMBED_DIM, num_classes=num_classes, rank=config.residual_rank, grid_size=grid
-                )
+                BasicExpert(embed_dim=EMBED_DIM, num_classes=num_classes, rank=config.residual_rank, grid_size=grid)
                 for _ in range(config.experts.basic)
             ],
             semantic=[
@@ -95,8 +96,8 @@ def build_icmoe(config: ModelConfig, *, num_classes: int, backbone: Backbone, se
             adaptive_voting=config.voting == "ppav",
             top_k=config.top_k,
         )
-    for expert in model.experts["basic"]:
-        expert.start_from(backbone.decoder.mask_tokens)  # type: ignore[operator]
+    for expert in model.family("basic"):
+        cast(BasicExpert, expert).start_from(backbone.decoder.mask_tokens)
     return model.to(memory_format=torch.channels_last)
 
 

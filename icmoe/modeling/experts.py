@@ -1,10 +1,12 @@
 """The three expert families. Each maps the frozen embedding to class logits and never changes the backbone.
 
-Letters: B batch, C = 256 embedding channels, h embedding grid side, G logit grid side, D detail image side, K classes, W width.
+Letters: B batch, C = 256 embedding channels, h embedding grid side, G logit grid side, D detail image side, K classes,
+W width.
 """
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +61,7 @@ class BasicExpert(nn.Module):
 class SemanticExpert(nn.Module):
     """One prototype per class; a pixel votes by its cosine to each.
 
-    reduce -> dilated convolutions with residuals -> up -> pixel embedding z; logits = cos(z, prototype_k) / temperature.
+    reduce -> dilated convolutions with residuals -> up -> pixel embedding z; logits = cos(z, prototype) / temperature.
 
     Args:
         embed_dim: C.
@@ -118,9 +120,7 @@ class DetailStem(nn.Module):
         stride = detail_size // grid_size
         self.enter = ConvNormAct(3, widths[0], kernel_size=2 * (stride // 2) + 3, stride=stride)
         self.deepen = ConvNormAct(widths[0], widths[0])
-        self.down = nn.ModuleList(
-            ConvNormAct(fine, coarse, stride=2) for fine, coarse in zip(widths, widths[1:], strict=False)
-        )
+        self.down = nn.ModuleList(ConvNormAct(fine, coarse, stride=2) for fine, coarse in pairwise(widths))
 
     def forward(self, detail: Tensor) -> list[Tensor]:
         """Return the pyramid, fine first."""
@@ -161,8 +161,8 @@ class AdaptiveExpert(nn.Module):
     Parallel dilated convolutions are mixed by weights computed from the image's pooled embedding. On the way up to the
     logit grid the features of a small strided stem join at each level.
 
-    The dilated convolutions are dense on half the width rather than depthwise on all of it: on a CPU the backward pass of
-    a dilated depthwise convolution costs twice as much as that of a dense one (docs/performance.md).
+    The dilated convolutions are dense on half the width rather than depthwise on all of it: on a CPU the backward pass
+    of a dilated depthwise convolution costs twice as much as that of a dense one (docs/performance.md).
 
     Args:
         embed_dim: C.

@@ -7,7 +7,7 @@ Letters: B batch, C = 256, h embedding grid, G logit grid, D detail image side, 
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from icmoe.modeling.decoder import FrozenDecoder
 from icmoe.modeling.experts import AdaptiveExpert, BasicExpert, SemanticExpert
 from icmoe.modeling.router import Router
 from icmoe.modeling.voting import pixel_probability_adaptive_voting
+from icmoe.types import Family
 
 
 class IcMoeOutput(NamedTuple):
@@ -67,6 +68,10 @@ class IcMoe(nn.Module):
         self.top_k = top_k
         self.expert_names = tuple(f"{name}.{index}" for name, group in families.items() for index in range(len(group)))
 
+    def family(self, name: Family) -> nn.ModuleList:
+        """Experts of a family."""
+        return cast(nn.ModuleList, self.experts[name])
+
     def adapter_params(self) -> list[str]:
         """Names of all tensors that are trained, stored and, where their scope is global, sent."""
         return [name for name, _ in self.named_parameters()]
@@ -85,12 +90,12 @@ class IcMoe(nn.Module):
         Returns:
             Probabilities, votes and what the losses need.
         """
-        basic, others = self.experts["basic"], [*self.experts["semantic"], *self.experts["adaptive"]]
+        basic, others = self.family("basic"), [*self.family("semantic"), *self.family("adaptive")]
         with_basic = with_basic or not others
         logits = [expert(image_embeddings, decoder) for expert in basic] if with_basic else []
-        semantic = [expert(image_embeddings) for expert in self.experts["semantic"]]
+        semantic = [expert(image_embeddings) for expert in self.family("semantic")]
         logits += [result[0] for result in semantic]
-        logits += [expert(image_embeddings, detail) for expert in self.experts["adaptive"]]
+        logits += [expert(image_embeddings, detail) for expert in self.family("adaptive")]
         log_probabilities = torch.stack(logits, dim=1).float().log_softmax(dim=2)
         gate_logits, beta = self.router(image_embeddings)
         gate = gate_logits[:, 0 if with_basic else len(basic) :].float().log_softmax(dim=1)

@@ -41,7 +41,7 @@ def pixel_probability_adaptive_voting(
     agreement = (expert_probabilities * consensus.unsqueeze(1) + EPS**2).sqrt().sum(dim=2)
     scores = gate_log_probabilities + beta * agreement
     if top_k is not None:
-        threshold = scores.topk(top_k, dim=1).values[:, -1:]
+        threshold = scores.topk(min(top_k, scores.shape[1]), dim=1).values[:, -1:]
         scores = scores.masked_fill(scores < threshold, -torch.inf)
     weights = scores.softmax(dim=1)
     return Vote(torch.einsum("bekhw,behw->bkhw", expert_probabilities, weights), weights)

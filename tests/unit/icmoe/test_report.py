@@ -70,7 +70,7 @@ def lose_site(line: dict[str, Any], site: str, state: str, reason: str) -> None:
 
 
 def make_scores(sites: tuple[str, ...], level: float, rng: np.random.Generator) -> dict[str, Any]:
-    scores = {}
+    scores: dict[str, dict[str, Any]] = {}
     for site in sites:
         per_class = {name: round(level + float(rng.normal(0, 0.03)), 4) for name in CLASSES}
         dice = round(float(np.mean(list(per_class.values()))), 4)
@@ -372,6 +372,8 @@ def test_scores_stand_beside_their_references(tmp_path: Path) -> None:
     assert table.hd95_unit == "mm"
     assert [row.name for row in table.rows if row.worst] == [run.results.worst_site.name]
     local = run.results.reference["local"]
+    assert run.results.mean_dice is not None
+    assert local.mean_dice is not None
     assert table.rows[0].references[0] == local.sites["alder"].dice
     assert table.mean.difference == pytest.approx(run.results.mean_dice - local.mean_dice)
     assert table.mean.score.num_test == 64
@@ -424,7 +426,10 @@ def test_labels_do_not_overlap_and_stay_inside() -> None:
 
 
 def test_line_breaks_where_a_value_is_missing() -> None:
-    values = {"alder": [(0.0, 0.1), (1.0, None), (2.0, 0.3)], "birch": [(0.0, None)]}
+    values: dict[str, list[tuple[float, float | None]]] = {
+        "alder": [(0.0, 0.1), (1.0, None), (2.0, 0.3)],
+        "birch": [(0.0, None)],
+    }
     chart = line_chart(
         site_series(values), title="t", description="d", x_label="x", y_label="y", marker=(2.0, "chosen")
     )

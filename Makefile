@@ -1,0 +1,116 @@
+# Two commands do everything on a fresh machine with Python 3.11 and make:
+#
+#   make demo     install into .venv, then a whole federation on the embedded example; ends with a table and a report
+#   make test     install into .venv, then lint, types, import contracts and all tests
+#
+# Which torch. Plain `make demo` takes the registry's torch: it uses an NVIDIA GPU where there is one, and works
+# without. A torch that is already there is used and never replaced. So, for a small install without GPU libraries, or
+# for a build that fits an older driver: make an environment, install the torch and torchvision you want (both, from
+# the same place: they must match), activate it, and run `make install`. With an active environment (VIRTUAL_ENV or
+# CONDA_PREFIX) that has torch, no .venv is made; everything below then uses that environment.
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+ACTIVE := $(or $(VIRTUAL_ENV),$(CONDA_PREFIX))
+HAS_TORCH := import sys; from importlib.util import find_spec; sys.exit(find_spec("torch") is None)
+ENV := $(if $(ACTIVE),$(shell '$(ACTIVE)/bin/python' -c '$(HAS_TORCH)' 2>/dev/null && echo '$(ACTIVE)'))
+ENV := $(or $(ENV),.venv)
+BIN := $(ENV)/bin
+STAMP := $(ENV)/.installed
+
+# The first Python that fits pyproject.toml's requires-python; looked for only when .venv is made.
+FITS := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))
+PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3 python,$(shell $(p) -c '$(FITS)' 2>/dev/null && echo $(p))))
+
+# Two tests at a time; conftest.py keeps the slow ones apart, as each of them fills both cores.
+WORKERS ?= 2
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+
+# A stamp that another checkout left in a shared environment does not count: its editable install points there.
+ifneq ($(shell cat '$(STAMP)' 2>/dev/null),$(CURDIR))
+.PHONY: $(STAMP)
+endif
+
+# constraints.txt, but with the torch that the environment already has. Another torch may need other versions of its own
+# requirements, so their pins go too.
+define PINS
+import re
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+
+def canonical(line):
+    return re.match(r"[\w.-]*", line)[0].lower().replace("_", "-")
+
+def found(name):
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+pins = Path("constraints.txt").read_text().splitlines()
+here = {name: found(name) for name in ("torch", "torchvision") if found(name)}
+if any(f"{name}=={release.split('+')[0]}" not in pins for name, release in here.items()):
+    free = {"torch", "torchvision", *map(canonical, requires("torch") if "torch" in here else ())}
+    pins = [pin for pin in pins if canonical(pin) not in free]
+    pins += [f"{name}=={release}" for name, release in here.items()]
+print(*pins, sep="\n")
+endef
+export PINS
+
+.venv/bin/python:
+	@test -n '$(PYTHON)' || { echo 'No Python 3.11 or 3.12 found. Install one, or name it: make PYTHON=/path/to/python' >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+
+$(STAMP): pyproject.toml constraints.txt | $(BIN)/python
+	@$(BIN)/python -c "$$PINS" > '$(ENV)/constraints.txt'
+	$(BIN)/python -m pip install -c '$(ENV)/constraints.txt' -e '.[dev,demo]'
+	@echo '$(CURDIR)' > $@
+
+.PHONY: help install demo test lint types imports pytest unit format bench ablation clean
+
+help: ## this list
+	@sed -nE 's/^([a-z]+):[^#]*## (.*)/  make \1\t\2/p' Makefile | expand -t 18
+
+install: $(STAMP) ## make .venv (or use the active environment that has torch) and install everything
+
+demo: $(STAMP) ## the main job on the embedded example: runs/demo/report.html
+	$(BIN)/icmoe-fl simulate configs/run/demo.yaml --out runs/demo --overwrite --reference local,pooled
+
+test: $(STAMP) ## lint, types, imports and pytest, all of them; says at the end which failed
+	@failed=""; \
+	for step in lint types imports pytest; do \
+		echo "== $$step"; \
+		$(MAKE) --no-print-directory $$step || failed="$$failed $$step"; \
+	done; \
+	test -z "$$failed" || { echo "make test: FAILED:$$failed" >&2; exit 1; }
+
+lint: $(STAMP) ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP) ## mypy, strict
+	$(BIN)/mypy
+
+imports: $(STAMP) ## import contracts: who may know whom
+	$(BIN)/lint-imports --no-logo
+
+pytest: $(STAMP) ## all tests; those on real images need ICMOE_TEST_DATA
+	$(PYTEST) tests
+
+unit: $(STAMP) ## the quick tests only
+	$(PYTEST) $(wildcard $(addprefix tests/,unit property reference contract))
+
+format: $(STAMP) ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP) ## measure what docs/performance.md reports
+	$(BIN)/python benchmarks/bench.py
+
+ablation: $(STAMP) ## measure the ablation table of docs/methods/icmoe.md; may be stopped and continued
+	$(BIN)/python benchmarks/ablation.py
+
+clean: ## remove caches and builds; .venv and runs stay
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,70 @@
+"""The ClientApp: one message in, one reply out. The same app runs in the simulation and at a hospital."""
+
+import logging
+from collections.abc import Callable
+
+from flwr.app import Context, Error, Message
+from flwr.clientapp import ClientApp
+
+from icmoe.config import parse_run_config
+from icmoe.errors import BackboneError, ConfigError, ExchangeError, IcmoeError, PrivacyError
+from icmoe.flower import pack_report, pack_site_name, reply, unpack_instruction
+from icmoe_client.site import Site
+from icmoe_client.trainer import carry_out, simulated_dropout
+
+SITE_ERROR = 100
+"""Code of our error replies; Flower's own codes are below."""
+
+# The text of these never names a file, a patient or a pixel value; that of the others may.
+_SAFE_TO_SEND = (ConfigError, BackboneError, ExchangeError, PrivacyError)
+logger = logging.getLogger(__name__)
+
+
+def make_client_app(resolve_site: Callable[[Context], Site], *, simulated: bool = False) -> ClientApp:
+    """Build the app.
+
+    Args:
+        resolve_site: tells from Flower's context which site this process is.
+        simulated: lets ``simulation.dropout`` fail rounds.
+
+    Returns:
+        An app that answers ``query`` (who are you), ``train`` and ``evaluate``.
+    """
+    app = ClientApp()
+
+    def work(message: Message, context: Context) -> Message:
+        site = resolve_site(context)
+        try:
+            instruction, arrays = unpack_instruction(message.content)
+            if simulated and instruction.job == "train":
+                run = parse_run_config(instruction.run_json, source="the run config")
+                if simulated_dropout(run, site.name, instruction.server_round):
+                    return _refusal(message, "simulated dropout")
+            report, update = carry_out(site, instruction, arrays)
+            return reply(message, pack_report(report, update))
+        except IcmoeError as error:
+            logger.error("site %s: %s", site.name, error)
+            return _refusal(message, describe_for_centre(error))
+        except Exception as error:
+            # Flower would send the text of the exception; it may hold a path or a pixel value.
+            logger.exception("site %s: internal error", site.name)
+            return _refusal(message, f"internal error ({type(error).__name__}); the site's log has the details")
+
+    @app.query()
+    def query(message: Message, context: Context) -> Message:
+        return reply(message, pack_site_name(resolve_site(context).name))
+
+    app.train()(work)
+    app.evaluate()(work)
+    return app
+
+
+def describe_for_centre(error: IcmoeError) -> str:
+    """Text of an error that may leave the site."""
+    if isinstance(error, _SAFE_TO_SEND):
+        return f"{type(error).__name__}: {error}"
+    return f"{type(error).__name__}; the site's log has the details"
+
+
+def _refusal(message: Message, reason: str) -> Message:
+    return Message(Error(code=SITE_ERROR, reason=reason), reply_to=message)

@@ -1,0 +1,230 @@
+"""A whole federation on this machine: the composition behind ``icmoe-fl simulate``.
+
+Part of the composition root: it may import both the server's and the client's package.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import yaml
+
+from icmoe.checkpoint import Checkpoint, holds_run, save_checkpoint, write_json, write_text
+from icmoe.config import RunConfig
+from icmoe.cpu_time import CpuMeter
+from icmoe.data.manifest import load_manifest
+from icmoe.data.partition import partition_sites
+from icmoe.errors import ConfigError, RunError
+from icmoe.examples import write_examples
+from icmoe.flower import Context, run_in_simulation
+from icmoe.references import run_references
+from icmoe.report import write_report, write_tensorboard
+from icmoe.training import dump_arrays
+from icmoe.types import SPLITS
+from icmoe_client.app import make_client_app
+from icmoe_client.site import Site
+from icmoe_client.workbench import Workbench
+from icmoe_server.app import Plan, make_server_app
+
+logger = logging.getLogger(__name__)
+
+
+class Watcher(Protocol):
+    """Shows a person how far the run is."""
+
+    def stage(self, text: str) -> None:
+        """A new stage begins."""
+
+    def advance(self, done: int, total: int) -> None:
+        """Progress inside the stage."""
+
+    def round_done(self, record: Mapping[str, Any]) -> None:
+        """A federated round ended; its line of ``rounds.jsonl``."""
+
+
+@dataclass(frozen=True)
+class SimulationRequest:
+    """What ``icmoe-fl simulate`` was asked to do.
+
+    Attributes:
+        run: the run config.
+        data: folder with ``manifest.csv``.
+        out: run directory.
+        references: any of ``local`` and ``pooled``.
+        resume: continue the run in ``out``.
+        checkpoint: file of the pretrained weights, for backbones that do not ship with a package.
+        verify_checkpoint: compare it with the published digest.
+        verbose: show Flower's and Ray's own logs.
+    """
+
+    run: RunConfig
+    data: Path
+    out: Path
+    references: tuple[str, ...] = ()
+    resume: bool = False
+    checkpoint: Path | None = None
+    verify_checkpoint: bool = True
+    verbose: bool = False
+
+
+@dataclass(frozen=True)
+class _ByPartition:
+    """Tells sites apart by Flower's partition id; a class, so that Ray can send it to its workers."""
+
+    sites: tuple[Site, ...] = field(repr=False)
+
+    def __call__(self, context: Context) -> Site:
+        return self.sites[int(context.node_config["partition-id"])]
+
+
+def simulate(request: SimulationRequest, watcher: Watcher) -> dict[str, Any]:
+    """Encode, train federated, train the references, test, report.
+
+    Returns:
+        What stands in ``results.json``.
+
+    Raises:
+        IcmoeError: of any kind; the run directory keeps the last finished round.
+    """
+    with CpuMeter() as meter:
+        sites = make_sites(request)
+        bench = encode_everything(request, sites, watcher)
+        _open_run(request, bench)
+        if not (request.out / "results.json").exists():
+            watcher.stage("Training")
+            _run_flower(request, sites, watcher)
+        if request.references:
+            watcher.stage(f"References: {', '.join(request.references)}")
+            _add_to_results(
+                request.out,
+                reference=run_references(request.run, sites, request.references, request.out, watcher.advance),
+            )
+        watcher.stage("Report")
+        write_examples(request.out, bench, sites)
+        _add_to_results(request.out, cpu_seconds=meter.seconds())
+    write_tensorboard(request.out)
+    write_report(request.out)
+    return read_results(request.out)
+
+
+def make_sites(request: SimulationRequest) -> tuple[Site, ...]:
+    """Sites of the manifest, or of the simulated partition.
+
+    Raises:
+        ManifestError: if the data folder has no usable manifest.
+    """
+    simulation = request.run.simulation
+    manifest = partition_sites(
+        load_manifest(request.data),
+        partition=simulation.partition,
+        num_sites=simulation.num_sites,
+        alpha=simulation.alpha,
+        seed=request.run.train.seed,
+    )
+    num_workers = 1 if torch.cuda.is_available() else min(num_cpus(), len(manifest.sites))
+    return tuple(
+        Site(
+            name=name,
+            samples=manifest.select(site=name),
+            state_dir=request.out / "sites" / name,
+            checkpoint=request.checkpoint,
+            verify_checkpoint=request.verify_checkpoint,
+            num_threads=max(1, num_cpus() // num_workers),
+        )
+        for name in manifest.sites
+    )
+
+
+def num_cpus() -> int:
+    """CPUs this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def read_results(run_dir: Path) -> dict[str, Any]:
+    """Read ``results.json``."""
+    return dict(json.loads((run_dir / "results.json").read_text(encoding="utf-8")))
+
+
+def encode_everything(request: SimulationRequest, sites: tuple[Site, ...], watcher: Watcher) -> Workbench:
+    """Encode every site's images in this process, with all CPUs, and check every mask."""
+    watcher.stage("Encoding images with the frozen backbone")
+    everything = Site(
+        name="all",
+        samples=tuple(sample for site in sites for sample in site.samples),
+        state_dir=request.out / "sites",
+        checkpoint=request.checkpoint,
+        verify_checkpoint=request.verify_checkpoint,
+        num_threads=num_cpus(),
+    )
+    bench = Workbench.prepare(everything, request.run)
+    for split in SPLITS:
+        if bench.select(split):
+            bench.dataset(split)
+            bench.encode(split, progress=watcher.advance)
+    return bench
+
+
+def _open_run(request: SimulationRequest, bench: Workbench) -> None:
+    """Write config and first checkpoint, or check that what is there is this run.
+
+    Raises:
+        ConfigError: if the folder holds a run and neither resuming was asked for, nor is it the same run.
+    """
+    out, digest = request.out, request.run.digest()
+    if holds_run(out):
+        if not request.resume:
+            raise ConfigError(f"{out} already holds a run; use --resume to continue it or --overwrite to start anew.")
+        if (out / "config.sha256").read_text(encoding="utf-8").strip() != digest:
+            raise ConfigError(
+                f"{out} holds a run of another config, so it cannot be resumed with this one. "
+                f"Resume with {out / 'config.yaml'}, or choose another --out."
+            )
+    if any((out / "checkpoints").glob("round_*")):
+        return
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        shared = set(bench.shared())
+        initial = {name: array for name, array in dump_arrays(bench.model).items() if name in shared}
+        save_checkpoint(out, Checkpoint(0, digest, bench.backbone.digest(), initial, {}))
+        write_text(out / "config.yaml", yaml.safe_dump(request.run.model_dump(mode="json"), sort_keys=False))
+        write_text(out / "config.sha256", digest + "\n")
+    except OSError as error:
+        raise RunError(f"cannot write the run directory {out}: {error.strerror}. Choose another --out.") from error
+
+
+def _run_flower(request: SimulationRequest, sites: tuple[Site, ...], watcher: Watcher) -> None:
+    plan = Plan(
+        run=request.run,
+        run_dir=request.out,
+        sites=tuple(site.name for site in sites),
+        on_round=_reporter(request.run.federation.num_rounds, watcher),
+    )
+    run_in_simulation(
+        make_server_app(plan),
+        make_client_app(_ByPartition(sites), simulated=True),
+        num_sites=len(sites),
+        num_cpus=num_cpus(),
+        num_gpus=int(torch.cuda.is_available()),
+        verbose=request.verbose,
+    )
+
+
+def _reporter(num_rounds: int, watcher: Watcher) -> Callable[[Mapping[str, Any]], None]:
+    def on_round(record: Mapping[str, Any]) -> None:
+        watcher.round_done(record)
+        watcher.advance(record["round"], num_rounds)
+
+    return on_round
+
+
+def _add_to_results(run_dir: Path, **more: Any) -> None:
+    results = read_results(run_dir)
+    # A resumed run adds to the time of the part before.
+    if "cpu_seconds" in more:
+        more["cpu_seconds"] += results.get("cpu_seconds", 0.0)
+    write_json(run_dir / "results.json", {**results, **more})
