@@ -11,7 +11,7 @@ GROUP_CHANNELS = 8
 
 
 class ConvNormAct(nn.Module):
-    """Convolution, GroupNorm and GELU.
+    """Convolution, GroupNorm and ReLU.
 
     GroupNorm looks at one image only, so a sample's gradient does not depend on its batch; BatchNorm would break that.
 
@@ -36,7 +36,7 @@ class ConvNormAct(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the block."""
-        return F.gelu(self.norm(self.conv(x)))
+        return F.relu(self.norm(self.conv(x)))
 
 
 class LearnedVectors(nn.Module):
