@@ -71,7 +71,9 @@ class _Bar(Watcher):
 
 
 def main(
-    data_root: Annotated[Path, typer.Option(help="Folder with cardiac_mri and nuclei_fluorescence.")],
+    data_root: Annotated[
+        Path, typer.Option(envvar="ICMOE_TEST_DATA", help="Folder with cardiac_mri and nuclei_fluorescence.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("runs/ablation"),
     rows: Annotated[str, typer.Option(help="Only these rows, separated by commas.")] = "",
 ) -> None:
@@ -102,7 +104,7 @@ def _prepare(cell: Cell, data_root: Path, out: Path, bar: Watcher) -> ReferenceT
     request = SimulationRequest(run=run, data=data_root / TASKS[cell.task][0], out=out / "work")
     sites = make_sites(request)
     bench = encode_everything(request, sites, bar)
-    return ReferenceTask(run, "pooled", bench.site, sites, out / cell.file_name)
+    return ReferenceTask(run, "pooled", bench.site, sites, out / cell.file_name, final_split="val")
 
 
 def make_table(out: Path) -> str:

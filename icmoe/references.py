@@ -35,7 +35,8 @@ class ReferenceTask:
         name: ``pooled`` or a site's.
         training: holds the images to train on.
         scored: sites whose validation and test images are scored.
-        file: JSON with the test scores per site and the experts' shares of the vote; written at the end.
+        file: JSON with the final scores per site and the experts' shares of the vote; written at the end.
+        final_split: which split the best checkpoint is scored on at the end; comparisons that choose must not say test.
     """
 
     run: RunConfig
@@ -43,6 +44,7 @@ class ReferenceTask:
     training: Site
     scored: tuple[Site, ...]
     file: Path
+    final_split: Split = "test"
 
 
 def run_references(
@@ -131,7 +133,7 @@ def train_reference(task: ReferenceTask) -> None:
             best, best_dice = dump_arrays(bench.model), -1.0 if dice is None else dice
             shares = result.expert_shares
     load_arrays(bench.model, best)
-    sites = {b.site.name: _to_json(*score_split(b, "test")) for b in benches}
+    sites = {b.site.name: _to_json(*score_split(b, task.final_split)) for b in benches}
     write_json(task.file, {"sites": sites, "expert_shares": shares, "val_dice": best_dice})
 
 

@@ -1,0 +1,1 @@
+"""Parts of ``benchmarks/bench.py``; each measures one thing and writes one table."""

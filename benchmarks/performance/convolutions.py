@@ -1,0 +1,126 @@
+"""Dilated 3 x 3 convolutions: why the adaptive expert's branches are dense on half the width.
+
+Times forward and backward, and looks at the gradients: against float64, and whether they are finite at all.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+from torch import Tensor, nn
+
+from icmoe.allocator import keep_memory
+
+from .document import number, table
+from .sites import Setup
+from .stopwatch import Cost, Figures, middle, now
+
+BATCH, SIDE, DILATION = 4, 64, 4
+PASSES = 10
+KINDS: Mapping[str, tuple[int, int]] = {
+    "depthwise, 64 channels": (64, 64),
+    "groups of 8, 64 channels": (64, 8),
+    "dense, 64 channels": (64, 1),
+    "dense, 32 channels (shipped)": (32, 1),
+}
+"""Name to channels and number of groups."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward and backward pass: costs, and the gradients of weight and input."""
+
+    forward: Cost
+    backward: Cost
+    gradients: tuple[Tensor, Tensor]
+
+
+def measure(setup: Setup) -> Figures:
+    """Time all kinds in turn, on one thread as a site's process has it."""
+    keep_memory()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    cases = list(product(KINDS, ("fp32", "bf16"), ("contiguous", "channels last")))
+    layers = {kind: _make(*KINDS[kind]) for kind in KINDS}
+    passes: dict[tuple[str, str, str], list[Pass]] = {case: [] for case in cases}
+    for _ in range(2 if setup.quick else 1 + PASSES):
+        for kind, precision, layout in cases:
+            passes[kind, precision, layout].append(_run(*layers[kind], precision=precision, layout=layout))
+    exact = {kind: _run(*layers[kind], precision="fp64", layout="contiguous").gradients for kind in KINDS}
+    return {"rows": [_summarise(case, passes[case], exact[case[0]]) for case in cases]}
+
+
+def _make(channels: int, groups: int) -> tuple[nn.Conv2d, Tensor, Tensor]:
+    """Convolution, input and gradient of the output."""
+    layer = nn.Conv2d(channels, channels, 3, padding=DILATION, dilation=DILATION, groups=groups, bias=False)
+    shape = (BATCH, channels, SIDE, SIDE)
+    return layer, torch.randn(shape), torch.randn(shape)
+
+
+def _run(layer: nn.Conv2d, x: Tensor, gradient: Tensor, *, precision: str, layout: str) -> Pass:
+    dtype = torch.float64 if precision == "fp64" else torch.float32
+    memory_format = torch.channels_last if layout == "channels last" else torch.contiguous_format
+    weight = layer.weight.detach().to(dtype, memory_format=memory_format).requires_grad_()
+    x = x.detach().to(dtype, memory_format=memory_format).requires_grad_()
+    start = now()
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        y = nn.functional.conv2d(x, weight, padding=DILATION, dilation=DILATION, groups=layer.groups)
+    between = now()
+    y.backward(gradient.to(y.dtype, memory_format=memory_format))  # type: ignore[no-untyped-call]
+    end = now()
+    assert weight.grad is not None
+    assert x.grad is not None
+    return Pass(between - start, end - between, (weight.grad, x.grad))
+
+
+def _summarise(case: tuple[str, str, str], passes: list[Pass], exact: tuple[Tensor, Tensor]) -> Figures:
+    """The first pass warms up: its time does not count, its gradients do."""
+    kind, precision, layout = case
+    broken = sum(not all(bool(gradient.isfinite().all()) for gradient in one.gradients) for one in passes)
+    errors = [
+        float((gradient.double() - reference).norm() / reference.norm())
+        for one in passes
+        for gradient, reference in zip(one.gradients, exact, strict=True)
+    ]
+    finite = [error for error in errors if error == error]
+    return {
+        "kind": kind,
+        "precision": precision,
+        "layout": layout,
+        "forward": middle([one.forward for one in passes[1:]]).figures(),
+        "backward": middle([one.backward for one in passes[1:]]).figures(),
+        "passes": len(passes),
+        "broken": broken,
+        "error": max(finite) if finite else None,
+    }
+
+
+def render(figures: Figures) -> str:
+    """One row per case; times in milliseconds of CPU."""
+    rows = []
+    for row in figures["rows"]:
+        base = next(
+            other["backward"]["cpu"]
+            for other in figures["rows"]
+            if (other["precision"], other["layout"]) == (row["precision"], row["layout"]) and "shipped" in other["kind"]
+        )
+        error = "none finite" if row["error"] is None else f"{row['error']:.1e}"
+        rows.append(
+            [
+                f"{row['kind']}, {row['precision']}, {row['layout']}",
+                *(number(1000 * row[name]["cpu"]) for name in ("forward", "backward")),
+                number(row["backward"]["cpu"] / base),
+                error,
+                f"{row['broken']} of {row['passes']}",
+            ]
+        )
+    header = [
+        f"batch {BATCH}, {SIDE} x {SIDE}, dilation {DILATION}, 1 thread",
+        "forward, CPU ms",
+        "backward, CPU ms",
+        "times the shipped backward",
+        "largest relative error of a finite gradient",
+        "passes with NaN or infinite gradients",
+    ]
+    return table(header, rows)
