@@ -4,4 +4,6 @@ import typer
 from performance.runner import main
 
 if __name__ == "__main__":
-    typer.run(main)
+    app = typer.Typer(pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]})
+    app.command()(main)
+    app()

@@ -45,6 +45,9 @@ class ConsoleWatcher:
 
     def stage(self, text: str) -> None:
         """Begin a new bar."""
+        if not self._progress.console.is_terminal:
+            # A log file shows no bars.
+            self._progress.console.print(text)
         if self._task is not None:
             self._progress.stop_task(self._task)
         self._task = self._progress.add_task(text, total=None)

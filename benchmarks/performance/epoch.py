@@ -2,7 +2,8 @@
 
 Encoding is ``encode_samples`` into an empty cache, in batches as in a run. Reading is what training reads: features and
 labels of every image, stacked into batches; first with the files dropped from the page cache, then again. The epoch
-that encodes is the cached one with encoding in the place of reading.
+that encodes is the cached one with encoding in the place of reading. All on one thread, as a site's process of the
+simulation has it.
 """
 
 import os
@@ -20,7 +21,6 @@ from icmoe.data.dataset import SegmentationDataset
 from icmoe.data.features import EncodeReport, FeatureSpec, encode_samples
 from icmoe.data.manifest import Sample
 from icmoe.modeling.build import detail_size
-from icmoe.simulation import num_cpus
 from icmoe.training import train_local
 from icmoe_client.site import Site
 from icmoe_client.workbench import ENCODE_BATCH_SIZE, Workbench
@@ -71,7 +71,7 @@ class Desk:
 def measure(setup: Setup) -> Figures:
     """Encode, read and train on the same images."""
     run, samples = setup.run(), setup.samples("train", ENCODE_BATCH_SIZE if setup.quick else NUM_IMAGES)
-    site = Site(name="bench", samples=samples, state_dir=setup.work, num_threads=num_cpus())
+    site = Site(name="bench", samples=samples, state_dir=setup.work, num_threads=1)
     desk = Desk(Workbench.prepare(site, run), samples)
     folder = setup.work / "epoch_cache"
     results: Figures = {"num_images": len(samples)}

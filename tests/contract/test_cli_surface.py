@@ -1,0 +1,62 @@
+"""Commands and options are a contract: scripts and documents hang on them. A change here needs a reason."""
+
+from typing import Any
+
+import click
+import typer
+
+from icmoe.cli import app
+
+SURFACE = {
+    "": {"--version", "--install-completion", "--show-completion", "--help", "-h"},
+    "simulate": {
+        "CONFIG",
+        "--data",
+        "--out",
+        "--set",
+        "--reference",
+        "--seeds",
+        "--resume",
+        "--overwrite",
+        "--checkpoint",
+        "--trust-checkpoint",
+        "--verbose",
+        "--help",
+        "-h",
+    },
+    "report": {"RUN_DIR", "--help", "-h"},
+    "cache": {"--help", "-h"},
+    "cache info": {"--json", "--help", "-h"},
+    "cache purge": {"--json", "--help", "-h"},
+}
+
+
+def surface(command: Any, path: tuple[str, ...] = ()) -> dict[str, set[str]]:
+    context = click.Context(command, help_option_names=["-h", "--help"])
+    options: set[str] = set()
+    for parameter in command.get_params(context):
+        is_argument = parameter.param_type_name == "argument"
+        options |= (
+            {parameter.human_readable_name.upper()} if is_argument else {*parameter.opts, *parameter.secondary_opts}
+        )
+    found = {" ".join(path): options}
+    for name, child in getattr(command, "commands", {}).items():
+        found |= surface(child, (*path, name))
+    return found
+
+
+def test_commands_and_options() -> None:
+    assert surface(typer.main.get_command(app)) == SURFACE
+
+
+def test_every_command_and_option_explains_itself() -> None:
+    def silent(command: Any, path: tuple[str, ...] = ()) -> list[str]:
+        missing = [] if command.help else [" ".join(path)]
+        for parameter in command.params:
+            if not getattr(parameter, "help", None):
+                missing.append(" ".join((*path, parameter.name)))
+        return missing + [
+            one for name, child in getattr(command, "commands", {}).items() for one in silent(child, (*path, name))
+        ]
+
+    assert silent(typer.main.get_command(app)) == []

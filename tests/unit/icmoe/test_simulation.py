@@ -1,0 +1,133 @@
+"""The composition around Flower; whole simulations are in tests/integration."""
+
+import json
+import os
+import pickle
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from icmoe import simulation
+from icmoe.checkpoint import latest_checkpoint
+from icmoe.config import RunConfig
+from icmoe.errors import ConfigError, ManifestError
+from icmoe.simulation import SimulationRequest, make_sites, num_cpus
+
+ROW = "{0}.png,{0}_mask.png,{1},{2},{3}"
+
+
+def run_config(**more: Any) -> RunConfig:
+    return RunConfig.model_validate({"task": {"name": "discs", "classes": {"disc": 1}}, **more})
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    lines = ["image,mask,patient,split,site"]
+    for site in ("oslo", "bergen", "narvik"):
+        for index, split in enumerate(["train", "train", "val", "test"]):
+            lines.append(ROW.format(f"{site}{index}", index, split, site))
+            for name in (f"{site}{index}.png", f"{site}{index}_mask.png"):
+                (folder / name).touch()
+    (folder / "manifest.csv").write_text("\n".join(lines))
+    return folder
+
+
+def request(data: Path, **more: Any) -> SimulationRequest:
+    fields: dict[str, Any] = {"run": run_config(), "data": data, "out": data.parent / "run", **more}
+    return SimulationRequest(**fields)
+
+
+class TestSites:
+    def test_are_those_of_the_manifest(self, data: Path) -> None:
+        sites = make_sites(request(data, checkpoint=Path("sam.pth"), verify_checkpoint=False))
+        assert [site.name for site in sites] == ["bergen", "narvik", "oslo"]
+        assert {len(site.samples) for site in sites} == {4}
+        assert {site.checkpoint for site in sites} == {Path("sam.pth")}
+        assert not any(site.verify_checkpoint for site in sites)
+        assert len({site.state_dir for site in sites}) == 3
+        assert all(site.state_dir.is_relative_to(data.parent / "run") for site in sites)
+
+    def test_of_a_partition(self, data: Path) -> None:
+        run = run_config(simulation={"partition": "iid", "num_sites": 2})
+        sites = make_sites(request(data, run=run))
+        assert [site.name for site in sites] == ["site_00", "site_01"]
+        assert sum(len(site.samples) for site in sites) == 12
+
+    def test_share_the_cpus(self, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(simulation, "num_cpus", lambda: 8)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        assert {site.num_threads for site in make_sites(request(data))} == {2}
+        monkeypatch.setattr(simulation, "num_cpus", lambda: 2)
+        assert {site.num_threads for site in make_sites(request(data))} == {1}
+
+    def test_need_a_manifest(self, tmp_path: Path) -> None:
+        with pytest.raises(ManifestError, match=r"manifest\.csv"):
+            make_sites(request(tmp_path))
+
+    def test_can_be_sent_to_a_worker_and_told_apart_there(self, data: Path) -> None:
+        resolve = pickle.loads(pickle.dumps(simulation._ByPartition(make_sites(request(data)))))
+        context: Any = SimpleNamespace(node_config={"partition-id": 1})
+        assert resolve(context).name == "narvik"
+
+
+def test_cpus_are_those_this_process_may_use() -> None:
+    assert num_cpus() == len(os.sched_getaffinity(0))
+
+
+class TestOpenRun:
+    """A model of two tensors, one of which is shared, stands for the workbench."""
+
+    @pytest.fixture
+    def bench(self) -> Any:
+        model = torch.nn.Module()
+        model.router = torch.nn.Linear(2, 1, bias=False)
+        model.kept = torch.nn.Linear(2, 1, bias=False)
+        return SimpleNamespace(
+            model=model, shared=lambda: ("router.weight",), backbone=SimpleNamespace(digest=lambda: "b" * 64)
+        )
+
+    def test_writes_config_and_the_shared_tensors(self, data: Path, bench: Any) -> None:
+        asked = request(data)
+        simulation._open_run(asked, bench)
+        start = latest_checkpoint(asked.out)
+        assert start.server_round == 0
+        assert list(start.arrays) == ["router.weight"]
+        assert start.backbone_digest == "b" * 64
+        assert (asked.out / "config.sha256").read_text().strip() == start.config_digest == asked.run.digest()
+
+    def test_resuming_keeps_the_checkpoint(self, data: Path, bench: Any) -> None:
+        simulation._open_run(request(data), bench)
+        before = latest_checkpoint(data.parent / "run").arrays["router.weight"].copy()
+        torch.nn.init.zeros_(bench.model.router.weight)
+        simulation._open_run(request(data, resume=True), bench)
+        assert np.array_equal(latest_checkpoint(data.parent / "run").arrays["router.weight"], before)
+
+    def test_refuses_a_run_that_is_there_and_another_config(self, data: Path, bench: Any) -> None:
+        simulation._open_run(request(data), bench)
+        with pytest.raises(ConfigError, match="already holds a run"):
+            simulation._open_run(request(data), bench)
+        with pytest.raises(ConfigError, match="another config"):
+            simulation._open_run(request(data, resume=True, run=run_config(train={"seed": 5})), bench)
+
+    def test_a_run_without_its_first_checkpoint_gets_one(self, data: Path, bench: Any) -> None:
+        """Killed between config and checkpoint, in whichever order they are written."""
+        out = data.parent / "run"
+        out.mkdir()
+        (out / "config.sha256").write_text(request(data).run.digest() + "\n")
+        simulation._open_run(request(data, resume=True), bench)
+        assert latest_checkpoint(out).server_round == 0
+        assert (out / "config.yaml").exists()
+
+
+def test_cpu_seconds_of_a_resumed_run_add_up(tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text(json.dumps({"mean_dice": 0.5}))
+    simulation._add_to_results(tmp_path, cpu_seconds=3.0)
+    simulation._add_to_results(tmp_path, cpu_seconds=4.0)
+    simulation._add_to_results(tmp_path, reference={"local": {}})
+    assert simulation.read_results(tmp_path) == {"mean_dice": 0.5, "cpu_seconds": 7.0, "reference": {"local": {}}}

@@ -1,0 +1,283 @@
+import json
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Message, MessageType, RecordDict
+
+from icmoe.checkpoint import Checkpoint, load_checkpoint, round_folder
+from icmoe.errors import RunError
+from icmoe.exchange import Instruction
+from icmoe.flower import pack_arrays, pack_report
+from icmoe.types import Array
+from icmoe_server.books import Books
+from icmoe_server.strategy import FederationStrategy, describe_failures, sort_replies
+
+
+class Round:
+    """Plays single rounds of a strategy."""
+
+    def __init__(self, centre: Any, *, start: Checkpoint | None = None) -> None:
+        self.centre = centre
+        start = start or centre.start()
+        self.lines: list[dict[str, Any]] = []
+        self.books = Books(centre.run_dir, last_round=start.server_round)
+        self.strategy = FederationStrategy(
+            run=centre.run(),
+            run_dir=centre.run_dir,
+            books=self.books,
+            nodes=centre.grid().nodes,
+            start=start,
+            on_round=self.lines.append,
+        )
+        self.arrays = pack_arrays(start.arrays)
+
+    def play(self, server_round: int, answer: Callable[..., Any] | None = None) -> dict[str, Any]:
+        grid = self.centre.grid(answer or self.centre.good)
+        messages = list(self.strategy.configure_train(server_round, self.arrays, None, grid))  # type: ignore[arg-type]
+        self.asked = grid.asked
+        new, metrics = self.strategy.aggregate_train(server_round, grid.send_and_receive(messages))
+        assert metrics is None
+        assert new is not None
+        self.arrays = new
+        self.strategy.finish_round(server_round, new)
+        return dict(self.lines[-1])
+
+    def tensors(self) -> dict[str, Array]:
+        return {name: array.numpy() for name, array in self.arrays.items()}
+
+
+@pytest.fixture
+def game(centre: Any) -> Round:
+    return Round(centre)
+
+
+def test_a_good_round_averages_and_is_written_down(game: Round, centre: Any) -> None:
+    line = game.play(1)
+    assert line["asked"] == line["answered"] == ["a", "b", "c"]
+    assert line["failed"] == line["quarantined"] == {}
+    assert line["scored_round"] == 0
+    assert line["val_dice"] == dict.fromkeys("abc", 0.75)
+    assert line["bytes_up"] == line["bytes_down"] == dict.fromkeys("abc", 28)
+    for name, array in centre.tensors.items():
+        np.testing.assert_allclose(game.tensors()[name], array + 0.3, rtol=1e-6)
+    stored = load_checkpoint(round_folder(centre.run_dir, 1))
+    assert stored.server_round == 1
+    assert stored.backbone_digest == centre.backbone
+    assert all(np.array_equal(stored.arrays[name], array) for name, array in game.tensors().items())
+    assert json.loads((centre.run_dir / "rounds.jsonl").read_text())["round"] == 1
+
+
+BAD_REPORTS: dict[str, dict[str, Any]] = {
+    "round": {"server_round": 7},
+    "run config": {"config_digest": "0" * 64},
+    "backbone": {"backbone_digest": "0" * 64},
+    "site 'a'": {"site": "a"},
+    "examples": {"numbers": {"num_examples": 0.0}},
+    "num_examples": {"numbers": {"num_examples": math.nan}},
+    "train_loss": {"numbers": {"train_loss": math.inf}},
+    "share of expert": {"expert_shares": {"basic.0": 1.5}},
+    "dice": {"numbers": {"dice": math.nan}},
+    "Dice": {"numbers": {"dice": 7.0}},
+    "used": {"numbers": {"used": math.nan}},
+    "found": {"numbers": {"found": math.inf}},
+}
+
+
+@pytest.mark.parametrize("told", BAD_REPORTS)
+def test_a_bad_report_is_quarantined_and_the_round_goes_on(game: Round, centre: Any, told: str) -> None:
+    def answer(site: str, instruction: Instruction, arrays: dict[str, Array]) -> RecordDict:
+        changes = dict(BAD_REPORTS[told]) if site == "b" else {}
+        content: RecordDict = centre.good(site, instruction, arrays, **changes)
+        return content
+
+    line = game.play(1, answer)
+    assert line["answered"] == ["a", "c"]
+    assert list(line["quarantined"]) == ["b"]
+    assert told.lower() in line["quarantined"]["b"].lower()
+    assert list(line["val_dice"]) == ["a", "c"]
+    for name, array in centre.tensors.items():
+        np.testing.assert_allclose(game.tensors()[name], array + 0.35, rtol=1e-6)
+
+
+BAD_TENSORS: dict[str, Callable[[dict[str, Array]], dict[str, Array]]] = {
+    "expected float32 (1,)": lambda t: {**t, "router.gate.weight": np.zeros((2, 2), np.float32)},
+    "not finite": lambda t: {**t, "router.gate.weight": np.array([np.nan], np.float32)},
+    "expected float32": lambda t: {**t, "router.gate.weight": np.array([0.5], np.float64)},
+    "missing": lambda t: {name: array for name, array in t.items() if not name.startswith("router")},
+    "unknown tensors": lambda t: {**t, "mask_decoder.secret": np.zeros(1, np.float32)},
+    "L2 norm": lambda t: {**t, "router.gate.weight": np.array([1e6], np.float32)},
+}
+
+
+@pytest.mark.parametrize("told", BAD_TENSORS)
+def test_bad_tensors_are_quarantined(game: Round, centre: Any, told: str) -> None:
+    def answer(site: str, instruction: Instruction, arrays: dict[str, Array]) -> RecordDict:
+        if site != "b":
+            content: RecordDict = centre.good(site, instruction, arrays)
+            return content
+        return pack_report(centre.report_of(site, instruction), BAD_TENSORS[told](centre.moved(arrays, 0.2)))
+
+    line = game.play(1, answer)
+    assert line["answered"] == ["a", "c"]
+    assert told in line["quarantined"]["b"]
+
+
+def test_a_reply_that_is_none_of_ours_is_quarantined(game: Round, centre: Any) -> None:
+    line = game.play(1, lambda site, *rest: RecordDict() if site == "b" else centre.good(site, *rest))
+    assert "no tensors" in line["quarantined"]["b"]
+
+
+def test_errors_are_told_apart_by_the_message_they_answer(game: Round, centre: Any) -> None:
+    """The fake grid gives all errors one sender and turns the order round, as Flower may."""
+
+    def answer(site: str, instruction: Instruction, arrays: dict[str, Array]) -> Any:
+        return {"a": RuntimeError("disk of a"), "b": None}.get(site, centre.good(site, instruction, arrays))
+
+    line = game.play(1, answer)
+    assert line["failed"] == {"a": "disk of a", "b": "no answer before the round's timeout"}
+    assert line["answered"] == ["c"]
+
+
+def test_a_reply_to_nothing_is_ignored(centre: Any) -> None:
+    message = Message(RecordDict(), dst_node_id=1, message_type=MessageType.TRAIN)
+    stray = Message(RecordDict(), reply_to=message)
+    stray.metadata.__dict__["_reply_to_message_id"] = "of another run"
+    record: dict[str, Any] = {"failed": {}}
+    assert sort_replies([stray], [(message, "a")], record, asked=["a"]) == {}
+    assert list(record["failed"]) == ["a"]
+
+
+def test_three_rounds_without_a_good_reply_end_the_run(game: Round, centre: Any) -> None:
+    def answer(*_: Any) -> Exception:
+        return RuntimeError("out of memory")
+
+    game.play(1, answer)
+    game.play(2, answer)
+    with pytest.raises(RunError, match=r"no site gave a usable update in 3 rounds.*a: out of memory"):
+        game.play(3, answer)
+    lines = (centre.run_dir / "rounds.jsonl").read_text().splitlines()
+    assert len(lines) == 3
+    for name, array in centre.tensors.items():
+        assert np.array_equal(game.tensors()[name], array)
+
+
+def test_one_good_round_in_between_is_enough_to_go_on(game: Round, centre: Any) -> None:
+    def nobody(*_: Any) -> Exception:
+        return RuntimeError("no")
+
+    for server_round, answer in enumerate([nobody, nobody, centre.good, nobody, nobody, centre.good], start=1):
+        game.play(server_round, answer)
+    assert len(game.lines) == 6
+
+
+class TestMinReplies:
+    def test_too_few_leave_the_model(self, centre: Any) -> None:
+        centre.changes["federation"] = {"min_replies": 3}
+        game = Round(centre)
+        line = game.play(1, lambda site, *rest: RuntimeError("no") if site == "c" else centre.good(site, *rest))
+        assert line["answered"] == ["a", "b"]
+        for name, array in centre.tensors.items():
+            assert np.array_equal(game.tensors()[name], array)
+        game.play(2)
+        assert not np.array_equal(game.tensors()["router.gate.weight"], centre.tensors["router.gate.weight"])
+
+    def test_a_model_that_never_changes_is_no_success(self, centre: Any) -> None:
+        centre.changes["federation"] = {"min_replies": 3}
+        game = Round(centre)
+
+        def play_on() -> None:
+            for server_round in range(1, 4):
+                game.play(server_round, lambda s, *rest: RuntimeError("no") if s == "c" else centre.good(s, *rest))
+
+        with pytest.raises(RunError, match="min_replies"):
+            play_on()
+
+
+class TestSampling:
+    def ask(self, centre: Any, seed: int = 0) -> list[list[tuple[str, str, int]]]:
+        centre.changes |= {"simulation": {"fraction_train": 0.67}, "train": {"seed": seed}}
+        game, asked = Round(centre), []
+        for server_round in range(1, 9):
+            game.play(server_round)
+            asked.append(game.asked)
+        return asked
+
+    def test_is_the_same_again_and_another_with_another_seed(self, centre: Any) -> None:
+        assert self.ask(centre) == self.ask(centre)
+        assert self.ask(centre) != self.ask(centre, seed=1)
+
+    def test_sites_that_do_not_train_score_what_the_others_got(self, centre: Any) -> None:
+        rounds = self.ask(centre)
+        for server_round, asked in enumerate(rounds, start=1):
+            assert sorted(site for site, _, _ in asked) == ["a", "b", "c"]
+            told = {(job, scored) for _, job, scored in asked}
+            assert told == {("train", server_round), ("validate", server_round - 1)}
+            assert sum(job == "train" for _, job, _ in asked) == 2
+        assert {site for asked in rounds for site, job, _ in asked if job == "train"} == {"a", "b", "c"}
+
+    def test_a_resumed_run_asks_the_same_sites(self, centre: Any) -> None:
+        whole = self.ask(centre)
+        resumed = Round(centre, start=load_checkpoint(round_folder(centre.run_dir, 5)))
+        resumed.play(1)
+        assert resumed.asked == whole[5]
+
+    def test_a_validating_site_stands_in_the_line_with_its_score_only(self, centre: Any) -> None:
+        centre.changes |= {"simulation": {"fraction_train": 0.67}}
+        game = Round(centre)
+        line = game.play(1)
+        assert set(line["val_dice"]) == {"a", "b", "c"}
+        assert set(line["bytes_up"]) == set(line["asked"]) == set(line["answered"])
+        assert len(line["asked"]) == 2
+
+    @pytest.mark.parametrize(
+        "changes",
+        [{"numbers": {"dice": math.nan}}, {"site": "a"}, {"server_round": 9}, {"backbone_digest": "0" * 64}],
+        ids=["nan", "lying site", "other round", "other backbone"],
+    )
+    def test_a_bad_score_is_quarantined_too(self, centre: Any, changes: dict[str, Any]) -> None:
+        centre.changes |= {"simulation": {"fraction_train": 0.34}}
+        centre.sites = ("b", "c", "d")
+        game = Round(centre)
+
+        def answer(site: str, instruction: Instruction, arrays: dict[str, Array]) -> RecordDict:
+            wrong = dict(changes) if instruction.job == "validate" else {}
+            content: RecordDict = centre.good(site, instruction, arrays, **wrong)
+            return content
+
+        line = game.play(1, answer)
+        assert len(line["quarantined"]) == 2
+        assert list(line["val_dice"]) == line["asked"]
+
+
+def test_round_numbers_go_on_after_a_resume(centre: Any) -> None:
+    first = Round(centre)
+    first.play(1)
+    first.play(2)
+    resumed = Round(centre, start=load_checkpoint(round_folder(centre.run_dir, 2)))
+    line = resumed.play(1)
+    assert line["round"] == 3
+    assert {server_round for _, _, server_round in resumed.asked} == {3}
+    first.play(3)
+    assert all(np.array_equal(first.tensors()[name], array) for name, array in resumed.tensors().items())
+
+
+def test_fp16_replies_are_averaged_in_float32(centre: Any) -> None:
+    centre.changes["federation"] = {"communication": {"dtype": "float16"}}
+    game = Round(centre)
+
+    def answer(site: str, instruction: Instruction, arrays: dict[str, Array]) -> RecordDict:
+        half = {name: array.astype(np.float16) for name, array in centre.moved(arrays, 0.5).items()}
+        return pack_report(centre.report_of(site, instruction), half)
+
+    line = game.play(1, answer)
+    assert line["bytes_up"] == dict.fromkeys("abc", 14)
+    assert {array.dtype for array in game.tensors().values()} == {np.dtype(np.float32)}
+
+
+def test_failures_read_as_one_line() -> None:
+    record = {"failed": {"a": "x"}, "quarantined": {"b": "y"}}
+    assert describe_failures(record) == "a: x; b: y"
+    assert describe_failures({"failed": {}, "quarantined": {}}) == "none were asked"
