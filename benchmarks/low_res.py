@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from performance.document import DOC, number, table, write_section
+from performance.document import DOC, around_section, number, table, write_section
 from rich.console import Console
 
 from icmoe.config import RunConfig, load_run_config
@@ -48,12 +48,16 @@ def main(
     ] = None,
     backbone: Annotated[str, typer.Option(help="sam_vit_b, sam_vit_l, sam_vit_h or medsam_vit_b.")] = "sam_vit_b",
     sizes: Annotated[str, typer.Option(help="Image sides in pixels, the native 1024 among them.")] = "1024,512,256",
-    config: Annotated[Path, typer.Option(help="Run config of the task.")] = CARDIAC,
+    config: Annotated[
+        Path, typer.Option(help="Run config of the task.", show_default="configs/run/cardiac.yaml")
+    ] = CARDIAC,
     override: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a config value, may be repeated.")
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder of the results, a file per size.")] = Path("runs/low_res"),
-    doc: Annotated[Path, typer.Option(help="Document whose table is replaced.")] = DOC,
+    doc: Annotated[
+        Path, typer.Option(help="Document whose table is replaced.", show_default="docs/performance.md")
+    ] = DOC,
 ) -> None:
     """Train pooled adapters on cached features at each size, and compare test Dice with the native size.
 
@@ -68,6 +72,7 @@ def main(
     """
     try:
         runs = plan(config, override or [], backbone=backbone, sizes=_sizes(sizes, backbone))
+        around_section(doc, "low_res")
         # Wrong weights have to show before hours of encoding at the largest size.
         load_backbone(backbone, checkpoint=checkpoint, image_size=min(runs))
         with ConsoleWatcher(Console(stderr=True)) as watcher:
@@ -147,4 +152,11 @@ def _sizes(text: str, backbone: str) -> list[int]:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app = typer.Typer(
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode="rich",
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.command()(main)
+    app()

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file
 
-from icmoe.checkpoint import ADAPTERS
+from icmoe.checkpoint import load_checkpoint
 from icmoe.data.dataset import SegmentationDataset
 from icmoe.data.readers import read_image
 from icmoe.metrics import score_image
@@ -43,16 +43,11 @@ def write_examples(run_dir: Path, bench: Workbench, sites: Sequence[Site]) -> No
 
 
 def _load_best(run_dir: Path, bench: Workbench) -> None:
-    load_arrays(bench.model, load_file(run_dir / "best" / ADAPTERS))
-    local = bench.local_file(_best_round(run_dir))
+    best = load_checkpoint(run_dir / "best")
+    load_arrays(bench.model, best.arrays)
+    local = bench.local_file(best.server_round)
     if local.exists():
         load_arrays(bench.model, load_file(local))
-
-
-def _best_round(run_dir: Path) -> int:
-    from icmoe.checkpoint import load_checkpoint
-
-    return load_checkpoint(run_dir / "best").server_round
 
 
 def _typical_and_worst(bench: Workbench, data: SegmentationDataset) -> list[int]:

@@ -59,6 +59,16 @@ def write_section(document: Path, name: str, text: str) -> None:
     """Replace what stands between the markers of a section.
 
     Raises:
+        ConfigError: as ``around_section``.
+    """
+    before, after = around_section(document, name)
+    write_text(document, f"{before}\n{text}\n{after}")
+
+
+def around_section(document: Path, name: str) -> tuple[str, str]:
+    """Read what stands before and after a section, markers included.
+
+    Raises:
         ConfigError: if the document or the section's markers are missing.
     """
     start, end = f"<!-- measured: {name} -->", f"<!-- end of {name} -->"
@@ -69,7 +79,7 @@ def write_section(document: Path, name: str, text: str) -> None:
     _, found, after = rest.partition(end)
     if not found:
         raise ConfigError(f"{document} lacks the lines '{start}' and '{end}'; put them where the table belongs.")
-    write_text(document, f"{before}{start}\n{text}\n{end}{after}")
+    return before + start, end + after
 
 
 def _processor() -> str:

@@ -7,7 +7,6 @@ outside. All sites have the same few images, so that their number is all that ch
 import shutil
 import time
 from multiprocessing import get_context
-from pathlib import Path
 
 import psutil
 
@@ -79,9 +78,9 @@ def _sample(driver: psutil.Process) -> dict[str, int]:
 
 
 def _group(process: psutil.Process) -> str:
-    """Ray names its workers ``ray::...``; everything else below the driver is Ray's own."""
+    """Ray names its workers by what they run, its agents likewise; everything else below the driver is Ray's own."""
     command = process.cmdline()
-    return "workers" if command and Path(command[0]).name.startswith("ray::") else "rest of Ray"
+    return "workers" if command and command[0].startswith(("ray::ClientApp", "ray::IDLE")) else "rest of Ray"
 
 
 def render(figures: Figures) -> str:

@@ -14,7 +14,7 @@ from icmoe.checkpoint import write_json
 from icmoe.errors import IcmoeError
 
 from . import convolutions, encode, epoch, features, memory, rounds, update
-from .document import DOC, conditions, machine, write_section
+from .document import DOC, around_section, conditions, machine, write_section
 from .sites import Setup
 from .stopwatch import Figures, in_fresh_process
 
@@ -53,7 +53,9 @@ def main(
         ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for figures (PART.json) and scratch files.")] = Path("runs/bench"),
-    doc: Annotated[Path, typer.Option(help="Document whose tables are replaced.")] = DOC,
+    doc: Annotated[
+        Path, typer.Option(help="Document whose tables are replaced.", show_default="docs/performance.md")
+    ] = DOC,
     resume: Annotated[
         bool, typer.Option("--resume", help="Keep parts that --out has figures of; only write their tables again.")
     ] = False,
@@ -72,6 +74,8 @@ def main(
     """
     chosen = _choose(only)
     try:
+        for name in chosen:
+            around_section(doc, name)  # a document without the place must fail before the measuring, not after it
         setup = _prepare(data_root, out=out, quick=quick)
         for name in chosen:
             record = _measure(name, setup, out / f"{name}.json", keep=resume)

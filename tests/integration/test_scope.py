@@ -13,7 +13,7 @@ from icmoe.config import RunConfig, load_run_config
 from icmoe.data.manifest import load_manifest
 from icmoe.errors import BackboneError, DataError, ExchangeError
 from icmoe.exchange import Instruction, Job, SiteReport, expert_of
-from icmoe.training import dump_arrays
+from icmoe.training import dump_arrays, train_local
 from icmoe.types import Array
 from icmoe_client import trainer
 from icmoe_client.app import describe_for_centre
@@ -28,7 +28,8 @@ Answer = tuple[SiteReport, dict[str, Array] | None]
 @pytest.fixture
 def site(discs: Path, tmp_path: Path, icmoe_fl: object, monkeypatch: pytest.MonkeyPatch) -> Site:
     monkeypatch.setenv("ICMOE_CACHE_DIR", str(icmoe_fl.cache))  # type: ignore[attr-defined]
-    return Site(name="a", samples=load_manifest(discs).select(site="a"), state_dir=tmp_path / "state")
+    samples = load_manifest(discs).select(site="a")[1:]  # two images to train on are one step
+    return Site(name="a", samples=samples, state_dir=tmp_path / "state")
 
 
 @pytest.fixture
@@ -51,11 +52,10 @@ def initial(site: Site, run: RunConfig) -> tuple[dict[str, Array], dict[str, Arr
 def started_with(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Array]]:
     """All tensors of the model at the moment each local training began."""
     seen: list[dict[str, Array]] = []
-    real = trainer.train_local
 
     def spy(model: torch.nn.Module, *args: object, **kwargs: object) -> object:
         seen.append({name: p.detach().numpy().copy() for name, p in model.named_parameters()})
-        return real(model, *args, **kwargs)  # type: ignore[arg-type]
+        return train_local(model, *args, **kwargs)  # type: ignore[arg-type]
 
     monkeypatch.setattr(trainer, "train_local", spy)
     return seen
@@ -136,11 +136,10 @@ def test_a_backbone_that_changed_is_noticed(
     arrays, _ = initial(site, run)
     bench = Workbench.prepare(site, run)
     weight = next(bench.backbone.image_encoder.parameters())
-    real = trainer.train_local
 
     def spoil(*args: object, **kwargs: object) -> object:
         weight.data[0] += 1e-3
-        return real(*args, **kwargs)  # type: ignore[arg-type]
+        return train_local(*args, **kwargs)  # type: ignore[arg-type]
 
     monkeypatch.setattr(trainer, "train_local", spoil)
     before = weight.data.clone()

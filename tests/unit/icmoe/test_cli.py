@@ -80,7 +80,6 @@ def test_an_error_of_ours_is_a_message_and_a_code(
     def fail(*args: object, **kwargs: object) -> None:
         raise error("cut [bold]here[/bold], give --data")
 
-    monkeypatch.setattr(cli, "_prepare_folder", fail)
     monkeypatch.setattr("icmoe.config.load_run_config", fail)
     assert run_main("simulate", "x.yaml") == (code, f"{error.__name__}: cut [bold]here[/bold], give --data\n")
 
@@ -119,7 +118,19 @@ def test_leave_takes_children_and_threads_with_it() -> None:
     assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
-class TestPrepareFolder:
+class TestOutputFolder:
+    """Where the folder is accepted, the missing manifest is what is left to complain about: exit code 3."""
+
+    @pytest.fixture
+    def ask(self, run_main: Main, tmp_path: Path) -> Main:
+        config = tmp_path / "discs.yaml"
+        config.write_text("task: {name: discs, classes: {disc: 1}}")
+
+        def run(folder: object, *options: object) -> tuple[int, str]:
+            return run_main("simulate", config, "--data", tmp_path / "nowhere", "--out", folder, *options)
+
+        return run
+
     @pytest.fixture
     def run_dir(self, tmp_path: Path) -> Path:
         folder = tmp_path / "run"
@@ -127,30 +138,35 @@ class TestPrepareFolder:
         (folder / "config.sha256").write_text("digest")
         return folder
 
-    def prepare(self, folder: Path, *, resume: bool = False, overwrite: bool = False) -> None:
-        cli._prepare_folder(folder, resume=resume, overwrite=overwrite)
+    def test_a_new_or_empty_folder_is_fine(self, ask: Main, tmp_path: Path) -> None:
+        (tmp_path / "empty").mkdir()
+        assert ask(tmp_path / "new")[0] == 3
+        assert ask(tmp_path / "empty")[0] == 3
+        assert ask(tmp_path / "empty", "--overwrite")[0] == 3
 
-    def test_a_new_or_empty_folder_is_fine(self, tmp_path: Path) -> None:
-        self.prepare(tmp_path / "new")
-        self.prepare(tmp_path)
-        self.prepare(tmp_path, overwrite=True)
+    def test_resume_needs_a_run(self, ask: Main, run_dir: Path, tmp_path: Path) -> None:
+        assert ask(run_dir, "--resume")[0] == 3
+        code, output = ask(tmp_path / "new", "--resume")
+        assert code == 2
+        assert "without --resume" in output
 
-    def test_resume_needs_a_run(self, run_dir: Path, tmp_path: Path) -> None:
-        self.prepare(run_dir, resume=True)
-        with pytest.raises(ConfigError, match="without --resume"):
-            self.prepare(tmp_path / "new", resume=True)
+    def test_a_run_is_kept_unless_asked_otherwise(self, ask: Main, run_dir: Path) -> None:
+        code, output = ask(run_dir)
+        assert code == 2
+        assert "--overwrite" in output
 
-    def test_a_folder_with_seeds_is_a_run(self, tmp_path: Path, run_dir: Path) -> None:
-        run_dir.rename(tmp_path / "seed_3")
-        self.prepare(tmp_path, resume=True)
-        with pytest.raises(ConfigError, match="--overwrite"):
-            self.prepare(tmp_path)
+    def test_a_folder_with_seeds_is_a_run(self, ask: Main, tmp_path: Path) -> None:
+        (tmp_path / "seeds" / "seed_3").mkdir(parents=True)
+        (tmp_path / "seeds" / "seed_3" / "config.sha256").write_text("digest")
+        assert ask(tmp_path / "seeds", "--resume")[0] == 3
+        assert ask(tmp_path / "seeds")[0] == 2
 
-    def test_a_file_is_no_folder(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("options", [(), ("--overwrite",), ("--resume",)])
+    def test_a_file_is_no_folder(self, ask: Main, tmp_path: Path, options: tuple[str, ...]) -> None:
         (tmp_path / "out").write_text("a file")
-        for options in ({}, {"overwrite": True}, {"resume": True}):
-            with pytest.raises(ConfigError, match="out"):
-                self.prepare(tmp_path / "out", **options)
+        code, output = ask(tmp_path / "out", *options)
+        assert code == 2
+        assert "out" in output
 
 
 @pytest.mark.parametrize(

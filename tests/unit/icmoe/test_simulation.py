@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from icmoe import simulation
-from icmoe.checkpoint import latest_checkpoint
+from icmoe.checkpoint import holds_run, latest_checkpoint
 from icmoe.config import RunConfig
 from icmoe.errors import ConfigError, ManifestError
 from icmoe.simulation import SimulationRequest, make_sites, num_cpus
@@ -108,21 +109,55 @@ class TestOpenRun:
         simulation._open_run(request(data, resume=True), bench)
         assert np.array_equal(latest_checkpoint(data.parent / "run").arrays["router.weight"], before)
 
-    def test_refuses_a_run_that_is_there_and_another_config(self, data: Path, bench: Any) -> None:
-        simulation._open_run(request(data), bench)
-        with pytest.raises(ConfigError, match="already holds a run"):
-            simulation._open_run(request(data), bench)
-        with pytest.raises(ConfigError, match="another config"):
-            simulation._open_run(request(data, resume=True, run=run_config(train={"seed": 5})), bench)
+    @pytest.mark.parametrize(
+        ("changes", "told"),
+        [
+            ({}, "already holds a run"),
+            ({"resume": True, "run": run_config(train={"seed": 5})}, "another config"),
+            ({"run": run_config(federation={"min_replies": 4}), "out": Path("elsewhere")}, "min_replies"),
+        ],
+        ids=["run there", "another config", "replies"],
+    )
+    def test_refuses_before_any_encoding(
+        self, data: Path, bench: Any, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], told: str
+    ) -> None:
+        def encode(*_: Any) -> None:
+            raise AssertionError("encoded first")
 
-    def test_a_run_without_its_first_checkpoint_gets_one(self, data: Path, bench: Any) -> None:
-        """Killed between config and checkpoint, in whichever order they are written."""
+        simulation._open_run(request(data), bench)
+        monkeypatch.setattr(simulation, "encode_everything", encode)
+        watcher: Any = SimpleNamespace(stage=print, advance=print, round_done=print)
+        with pytest.raises(ConfigError, match=told):
+            simulation.simulate(request(data, **changes), watcher)
+
+    @pytest.mark.parametrize("writes", [1, 2])
+    def test_killed_between_its_first_files_a_run_can_be_resumed(
+        self, data: Path, bench: Any, monkeypatch: pytest.MonkeyPatch, writes: int
+    ) -> None:
+        """Else neither --resume nor --overwrite would take the folder, and the user had to remove it by hand."""
+        done: list[str] = []
+
+        def then_die(write: Callable[..., Any]) -> Callable[..., Any]:
+            def wrapped(*args: Any, **kwargs: Any) -> Any:
+                result = write(*args, **kwargs)
+                done.append(write.__name__)
+                if len(done) == writes:
+                    raise KeyboardInterrupt
+                return result
+
+            return wrapped
+
+        with monkeypatch.context() as patched:
+            for name in ("save_checkpoint", "write_text"):
+                patched.setattr(simulation, name, then_die(getattr(simulation, name)))
+            with pytest.raises(KeyboardInterrupt):
+                simulation._open_run(request(data), bench)
         out = data.parent / "run"
-        out.mkdir()
-        (out / "config.sha256").write_text(request(data).run.digest() + "\n")
+        assert holds_run(out)
         simulation._open_run(request(data, resume=True), bench)
         assert latest_checkpoint(out).server_round == 0
         assert (out / "config.yaml").exists()
+        assert (out / "config.sha256").exists()
 
 
 def test_cpu_seconds_of_a_resumed_run_add_up(tmp_path: Path) -> None:
