@@ -188,7 +188,8 @@ def _verify_checkpoint(name: str, spec: BackboneSpec, checkpoint: Path) -> str:
     if spec.sha256 not in (None, found):
         raise BackboneError(
             f"{checkpoint} has sha256 {found}; {spec.origin} has {spec.sha256}. Get the file again, or, if you mean "
-            f"to use other weights of {name}, switch the check off with verify_checkpoint=False."
+            f"to use other weights of {name}, switch the check off with --trust-checkpoint "
+            "(verify_checkpoint=False in Python)."
         )
     if recorded.split()[:1] != [found]:
         raise BackboneError(

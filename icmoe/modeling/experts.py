@@ -161,9 +161,9 @@ class AdaptiveExpert(nn.Module):
     Parallel dilated convolutions are mixed by weights computed from the image's pooled embedding. On the way up to the
     logit grid the features of a small strided stem join at each level.
 
-    The dilated convolutions are dense on half the width rather than depthwise on all of it: on a CPU a dilated depthwise
-    convolution is several times dearer backward, and under bf16 its weight gradient is wrong in the torch we measured
-    (docs/performance.md).
+    The dilated convolutions are dense on half the width rather than depthwise on all of it: on a CPU a dilated
+    depthwise convolution is several times dearer backward, and under bf16 its weight gradient is wrong in the torch we
+    measured (docs/performance.md).
 
     Args:
         embed_dim: C.
