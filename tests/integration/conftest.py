@@ -31,6 +31,7 @@ class CommandLine:
     cache: Path
     logs: Path
     seen: dict[int, psutil.Process] = field(default_factory=dict)
+    started: list["subprocess.Popen[bytes]"] = field(default_factory=list)
 
     def start(self, *arguments: object) -> "Running":
         log = self.logs / f"{len(list(self.logs.iterdir()))}.log"
@@ -44,12 +45,20 @@ class CommandLine:
                 start_new_session=True,
             )
         self.seen[process.pid] = psutil.Process(process.pid)
+        self.started.append(process)
         return Running(process, log, self)
 
-    def run(self, *arguments: object, timeout: float = 400.0) -> "Running":
+    def run(self, *arguments: object, timeout: float = 800.0) -> "Running":
         running = self.start(*arguments)
         running.process.wait(timeout)
         return running
+
+    def stop_all(self) -> None:
+        for process in self.seen.values():
+            if is_alive(process):
+                process.kill()
+        for started in self.started:
+            started.wait(30)
 
 
 @dataclass
@@ -87,9 +96,7 @@ def is_alive(process: psutil.Process) -> bool:
 def icmoe_fl(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CommandLine]:
     command = CommandLine(cache=tmp_path_factory.mktemp("cache"), logs=tmp_path_factory.mktemp("logs"))
     yield command
-    for process in command.seen.values():
-        if is_alive(process):
-            process.kill()
+    command.stop_all()
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,8 @@ from safetensors.numpy import load_file
 from icmoe.checkpoint import load_checkpoint
 from icmoe.config import load_run_config
 
-pytestmark = pytest.mark.slow
+# A busy machine takes several times as long as a quiet one.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 SITES = ["a", "b", "c"]
 MAX_BYTES_UP = 8_000_000
