@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
+import click
 import psutil
 import typer
 from rich.console import Console
@@ -121,12 +122,19 @@ def main() -> None:
     """Run the command line: errors of our tree become a message and an exit code, never a traceback."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
-        app(standalone_mode=True)
+        # Typer turns Ctrl-C into an exit code, and in its own mode leaves with it, waiting for Flower's threads.
+        exit_code = app(standalone_mode=False)
+        if exit_code == EXIT_INTERRUPTED:
+            raise KeyboardInterrupt
+        sys.exit(exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
     except IcmoeError as error:
         console.print(f"[bold red]{type(error).__name__}[/]: ", end="")
         console.print(str(error), markup=False, highlight=False, soft_wrap=True)
         _leave(error.exit_code)
-    except KeyboardInterrupt:
+    except (click.Abort, KeyboardInterrupt):
         console.print("\nStopped. The last finished round is kept; the same command with --resume continues from it.")
         _leave(EXIT_INTERRUPTED)
 
@@ -147,6 +155,8 @@ def _leave(exit_code: int) -> None:
 def _prepare_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
     from icmoe.checkpoint import holds_run
 
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file; --out takes a folder.")
     if resume and overwrite:
         raise ConfigError("--resume and --overwrite contradict each other; give one of them.")
     if overwrite and folder.exists():

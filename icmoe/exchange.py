@@ -143,42 +143,64 @@ def extract_update(
     return picked
 
 
-def check_update(
-    update: Update,
+def check_report(
+    report: SiteReport,
     *,
-    reference: Arrays,
+    site: str,
     server_round: int,
     config_digest: str,
     backbone_digest: str,
-    communication: CommunicationConfig,
-    max_update_norm: float,
+    num_classes: int,
 ) -> None:
-    """Refuse a reply that must not enter the aggregate.
+    """Refuse a report that must not enter the run's books.
+
+    Args:
+        report: as received.
+        site: that was asked.
+        server_round: expected round.
+        config_digest: expected.
+        backbone_digest: expected.
+        num_classes: foreground classes.
+
+    Raises:
+        IncompatibleUpdateError: naming the first thing that is wrong.
+    """
+    if report.site != site:
+        raise IncompatibleUpdateError(f"the reply claims to come from site {report.site!r}")
+    _expect("round", report.server_round, server_round)
+    _expect("run config", report.config_digest, config_digest)
+    _expect("backbone", report.backbone_digest, backbone_digest)
+    for name, value in report.numbers.items():
+        if not np.isfinite(value):
+            raise IncompatibleUpdateError(f"the reply's {name} is {value}, expected a finite number")
+    if not 0.0 <= report.numbers.get("dice", 0.0) <= 1.0:
+        raise IncompatibleUpdateError(f"the reply's Dice is {report.numbers['dice']}")
+    if len(report.dice_per_class) not in (0, num_classes):
+        raise IncompatibleUpdateError(f"the reply scores {len(report.dice_per_class)} classes, expected {num_classes}")
+    for expert, share in report.expert_shares.items():
+        if not 0.0 <= share <= 1.0:
+            raise IncompatibleUpdateError(f"the share of expert {expert} is {share}, expected 0 to 1")
+
+
+def check_update(
+    update: Update, *, reference: Arrays, communication: CommunicationConfig, max_update_norm: float
+) -> None:
+    """Refuse tensors that must not enter the aggregate; their report is checked by ``check_report``.
 
     Args:
         update: as received.
         reference: global tensors that were sent out, by name.
-        server_round: expected round.
-        config_digest: expected.
-        backbone_digest: expected.
         communication: agreed dtype; tensors may only be missing where ``min_expert_share`` allows it.
         max_update_norm: L2 norm of the change above which an update is implausible.
 
     Raises:
         IncompatibleUpdateError: naming the first thing that is wrong.
     """
-    report = update.report
-    _expect("round", report.server_round, server_round)
-    _expect("run config", report.config_digest, config_digest)
-    _expect("backbone", report.backbone_digest, backbone_digest)
     for name in ("num_examples", "train_loss"):
-        if not np.isfinite(report.numbers.get(name, np.nan)):
-            raise IncompatibleUpdateError(f"the reply's {name} is missing or not finite")
+        if name not in update.report.numbers:
+            raise IncompatibleUpdateError(f"the reply's {name} is missing")
     if not 0 < update.num_examples <= MAX_EXAMPLES:
         raise IncompatibleUpdateError(f"the reply counts {update.num_examples} examples")
-    for expert, share in report.expert_shares.items():
-        if not 0.0 <= share <= 1.0:
-            raise IncompatibleUpdateError(f"the share of expert {expert} is {share}, expected 0 to 1")
     _check_names(update.arrays, reference, allow_missing_experts=communication.min_expert_share > 0)
     squared = 0.0
     for name, array in update.arrays.items():

@@ -85,7 +85,7 @@ def print_results(console: Console, results: Mapping[str, Any]) -> None:
 
 def _worst(scores: Mapping[str, Any]) -> Any:
     worst = scores["worst_site"]
-    return worst.get("dice", worst)
+    return worst["dice"] if worst and "dice" in worst else worst
 
 
 def _text(value: Any) -> str:

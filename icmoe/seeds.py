@@ -48,10 +48,13 @@ def summarise_seeds(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _summarise_scores(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    sites = sorted({site for run in runs for site in run["sites"]})
     return {
         "mean_dice": _mean_std([run["mean_dice"] for run in runs]),
         "worst_site": _mean_std([run["worst_site"]["dice"] for run in runs]),
-        "sites": {site: {"dice": _mean_std([run["sites"][site]["dice"] for run in runs])} for site in runs[0]["sites"]},
+        "sites": {
+            site: {"dice": _mean_std([run["sites"].get(site, {}).get("dice") for run in runs])} for site in sites
+        },
     }
 
 

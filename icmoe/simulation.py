@@ -93,6 +93,7 @@ def simulate(request: SimulationRequest, watcher: Watcher) -> dict[str, Any]:
     """
     with CpuMeter() as meter:
         sites = make_sites(request)
+        _check_request(request, sites)
         bench = encode_everything(request, sites, watcher)
         _open_run(request, bench)
         if not (request.out / "results.json").exists():
@@ -169,13 +170,16 @@ def encode_everything(request: SimulationRequest, sites: tuple[Site, ...], watch
     return bench
 
 
-def _open_run(request: SimulationRequest, bench: Workbench) -> None:
-    """Write config and first checkpoint, or check that what is there is this run.
+def _check_request(request: SimulationRequest, sites: tuple[Site, ...]) -> None:
+    """Refuse what cannot work before an hour is spent on it.
 
     Raises:
-        ConfigError: if the folder holds a run and neither resuming was asked for, nor is it the same run.
+        ConfigError: if the run needs more sites than there are, or the folder holds a run and neither resuming was
+            asked for, nor is it the same run.
     """
-    out, digest = request.out, request.run.digest()
+    out, digest, wanted = request.out, request.run.digest(), request.run.federation.min_replies
+    if wanted > len(sites):
+        raise ConfigError(f"federation.min_replies is {wanted}, but the data have {len(sites)} sites; lower it.")
     if holds_run(out):
         if not request.resume:
             raise ConfigError(f"{out} already holds a run; use --resume to continue it or --overwrite to start anew.")
@@ -184,15 +188,25 @@ def _open_run(request: SimulationRequest, bench: Workbench) -> None:
                 f"{out} holds a run of another config, so it cannot be resumed with this one. "
                 f"Resume with {out / 'config.yaml'}, or choose another --out."
             )
-    if any((out / "checkpoints").glob("round_*")):
-        return
+
+
+def _open_run(request: SimulationRequest, bench: Workbench) -> None:
+    """Write config and first checkpoint where a resumed run has not done so already.
+
+    The digest comes first: it makes the folder a run that --resume and --overwrite accept, whatever is killed after it.
+
+    Raises:
+        RunError: if the folder cannot be written.
+    """
+    out, digest = request.out, request.run.digest()
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        write_text(out / "config.sha256", digest + "\n")
+        write_text(out / "config.yaml", yaml.safe_dump(request.run.model_dump(mode="json"), sort_keys=False))
+        if any((out / "checkpoints").glob("round_*")):
+            return
         shared = set(bench.shared())
         initial = {name: array for name, array in dump_arrays(bench.model).items() if name in shared}
         save_checkpoint(out, Checkpoint(0, digest, bench.backbone.digest(), initial, {}))
-        write_text(out / "config.yaml", yaml.safe_dump(request.run.model_dump(mode="json"), sort_keys=False))
-        write_text(out / "config.sha256", digest + "\n")
     except OSError as error:
         raise RunError(f"cannot write the run directory {out}: {error.strerror}. Choose another --out.") from error
 

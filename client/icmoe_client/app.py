@@ -7,7 +7,7 @@ from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 
 from icmoe.config import parse_run_config
-from icmoe.errors import BackboneError, ConfigError, ExchangeError, IcmoeError, PrivacyError
+from icmoe.errors import ConfigError, ExchangeError, IcmoeError, PrivacyError
 from icmoe.flower import pack_report, pack_site_name, reply, unpack_instruction
 from icmoe_client.site import Site
 from icmoe_client.trainer import carry_out, simulated_dropout
@@ -16,7 +16,7 @@ SITE_ERROR = 100
 """Code of our error replies; Flower's own codes are below."""
 
 # The text of these never names a file, a patient or a pixel value; that of the others may.
-_SAFE_TO_SEND = (ConfigError, BackboneError, ExchangeError, PrivacyError)
+_SAFE_TO_SEND = (ConfigError, ExchangeError, PrivacyError)
 logger = logging.getLogger(__name__)
 
 

@@ -18,13 +18,13 @@ from flwr.serverapp.strategy import Strategy
 from icmoe.checkpoint import Checkpoint, save_checkpoint
 from icmoe.config import RunConfig
 from icmoe.errors import IcmoeError, RunError
-from icmoe.exchange import Instruction, Job, SiteReport, Update, check_update
+from icmoe.exchange import Instruction, Job, SiteReport, Update, check_report, check_update
 from icmoe.flower import pack_arrays, pack_instruction, unpack_report, unpack_update
 from icmoe_server.books import Books, Record
 from icmoe_server.optimizers import make_optimizer
 
 MAX_EMPTY_ROUNDS = 3
-"""Rounds in a row without one good reply after which the run fails instead of asking on."""
+"""Rounds in a row without enough good replies after which the run fails instead of asking on."""
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ class FederationStrategy(Strategy):
         """Check every reply, aggregate the good ones in site order, write the round's line.
 
         Raises:
-            RunError: after ``MAX_EMPTY_ROUNDS`` rounds in a row without a good reply.
+            RunError: after ``MAX_EMPTY_ROUNDS`` rounds in a row without enough good replies.
         """
         state = self._round
         if state is None:
@@ -107,21 +107,24 @@ class FederationStrategy(Strategy):
                 if site in state.asked:
                     updates[site] = self._accept(site, unpack_update(message.content), state.server_round)
                 else:
-                    self._note_validation(record, site, unpack_report(message.content))
+                    report = self._check_scores(site, unpack_report(message.content), state.server_round - 1)
+                    self._note_validation(record, site, report)
             except IcmoeError as error:
                 logger.warning("round %d: quarantined the reply of %s: %s", state.server_round, site, error)
                 record["quarantined"][site] = str(error)
         self._note_updates(record, updates)
         if len(updates) >= self._run.federation.min_replies:
             self._arrays = self._optimizer.step(state.server_round, list(updates.values()), self._arrays)
-        self._empty_rounds = 0 if updates else self._empty_rounds + 1
+            self._empty_rounds = 0
+        else:
+            self._empty_rounds += 1
         record["seconds"] = monotonic() - state.started
         state.record = record
         if self._empty_rounds >= MAX_EMPTY_ROUNDS:
             self._books.add(record)
             raise RunError(
-                f"no site gave a usable update in {MAX_EMPTY_ROUNDS} rounds in a row; "
-                f"last reasons: {describe_failures(record)}"
+                f"fewer than federation.min_replies = {self._run.federation.min_replies} sites gave a usable update in "
+                f"{MAX_EMPTY_ROUNDS} rounds in a row; last reasons: {describe_failures(record)}"
             )
         return pack_arrays(self._arrays), None
 
@@ -172,7 +175,7 @@ class FederationStrategy(Strategy):
         reports = {}
         for site, message in sort_replies(replies, messages, record, asked=list(self._nodes)).items():
             try:
-                reports[site] = unpack_report(message.content)
+                reports[site] = self._check_scores(site, unpack_report(message.content), server_round)
             except IcmoeError as error:
                 record["quarantined"][site] = str(error)
         return reports, record
@@ -195,18 +198,25 @@ class FederationStrategy(Strategy):
         )
 
     def _accept(self, site: str, update: Update, server_round: int) -> Update:
-        if update.report.site != site:
-            raise RunError(f"the reply claims to come from site {update.report.site!r}")
+        self._check_scores(site, update.report, server_round)
         check_update(
             update,
             reference=self._arrays,
-            server_round=server_round,
-            config_digest=self._digest,
-            backbone_digest=self._backbone_digest,
             communication=self._run.federation.communication,
             max_update_norm=self._run.federation.max_update_norm,
         )
         return update
+
+    def _check_scores(self, site: str, report: SiteReport, server_round: int) -> SiteReport:
+        check_report(
+            report,
+            site=site,
+            server_round=server_round,
+            config_digest=self._digest,
+            backbone_digest=self._backbone_digest,
+            num_classes=len(self._run.task.classes),
+        )
+        return report
 
     def _empty_record(self, state: RoundState) -> Record:
         names = ("failed", "quarantined", "val_dice", "train_loss", "num_examples", "used", "found", "skipped")

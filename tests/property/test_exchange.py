@@ -102,9 +102,6 @@ def test_what_a_site_extracts_the_centre_accepts(
     check_update(
         Update(report=report, arrays=sent),
         reference=arrays,
-        server_round=1,
-        config_digest="c",
-        backbone_digest="b",
         communication=communication,
         max_update_norm=10.0,
     )

@@ -7,7 +7,7 @@ import pytest
 
 from icmoe.config import CommunicationConfig, ScopeConfig
 from icmoe.errors import ExchangeError, IncompatibleUpdateError
-from icmoe.exchange import SiteReport, Update, check_update, expert_of, extract_update, shared_names
+from icmoe.exchange import SiteReport, Update, check_report, check_update, expert_of, extract_update, shared_names
 from icmoe.types import Array
 
 CONFIG, BACKBONE = "c" * 64, "b" * 64
@@ -42,13 +42,14 @@ def check(arrays: Mapping[str, Array], report: SiteReport | None = None, **chang
     """Check a reply against what the centre sent out: the same tensors, a little different."""
     arguments: dict[str, Any] = {
         "reference": {name: array + np.float32(0.01) for name, array in some_arrays().items()},
-        "server_round": 3,
-        "config_digest": CONFIG,
-        "backbone_digest": BACKBONE,
         "communication": CommunicationConfig(),
         "max_update_norm": 1.0,
     }
-    check_update(Update(report=report or good_report(), arrays=arrays), **(arguments | changes))
+    report = report or good_report()
+    check_report(
+        report, site=report.site, server_round=3, config_digest=CONFIG, backbone_digest=BACKBONE, num_classes=1
+    )
+    check_update(Update(report=report, arrays=arrays), **(arguments | changes))
 
 
 def without(*names: str) -> dict[str, Array]:
@@ -183,10 +184,10 @@ class TestCheck:
             ({"backbone_digest": BACKBONE[:-1] + "0"}, "backbone"),
             ({"numbers": {"num_examples": 0.0, "train_loss": 0.5}}, "0.0 examples"),
             ({"numbers": {"num_examples": -3.0, "train_loss": 0.5}}, "-3.0 examples"),
-            ({"numbers": {"num_examples": np.inf, "train_loss": 0.5}}, "num_examples is missing or not finite"),
+            ({"numbers": {"num_examples": np.inf, "train_loss": 0.5}}, "num_examples is inf"),
             ({"numbers": {"train_loss": 0.5}}, "num_examples is missing"),
             ({"numbers": {"num_examples": 3.0}}, "train_loss is missing"),
-            ({"numbers": {"num_examples": 3.0, "train_loss": np.nan}}, "train_loss is missing or not finite"),
+            ({"numbers": {"num_examples": 3.0, "train_loss": np.nan}}, "train_loss is nan"),
             ({"expert_shares": SHARES | {"basic.0": np.nan}}, "share"),
             ({"expert_shares": SHARES | {"basic.0": -0.5}}, "share"),
             ({"expert_shares": SHARES | {"basic.0": 1000.0}}, "share"),

@@ -156,7 +156,7 @@ def test_three_rounds_without_a_good_reply_end_the_run(game: Round, centre: Any)
 
     game.play(1, answer)
     game.play(2, answer)
-    with pytest.raises(RunError, match=r"usable update in 3 rounds in a row.*a: out of memory"):
+    with pytest.raises(RunError, match=r"3 rounds in a row.*a: out of memory"):
         game.play(3, answer)
     lines = (centre.run_dir / "rounds.jsonl").read_text().splitlines()
     assert len(lines) == 3
