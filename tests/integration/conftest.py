@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -50,7 +51,11 @@ class CommandLine:
 
     def run(self, *arguments: object, timeout: float = 800.0) -> "Running":
         running = self.start(*arguments)
-        running.process.wait(timeout)
+        try:
+            running.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(running.process.pid, signal.SIGKILL)
+            pytest.fail(f"not done after {timeout:.0f} s:\n{running.output}")
         return running
 
     def stop_all(self) -> None:

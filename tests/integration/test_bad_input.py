@@ -231,6 +231,20 @@ class TestOutputFolder:
             simulate(*options, expect=2)
         assert (tmp_path / "out").read_text() == "a file"
 
+    def test_one_run_and_several_seeds_do_not_resume_each_other(
+        self, simulate: Any, old_run: Path, tmp_path: Path
+    ) -> None:
+        """The wrong way round, the summary of seeds would replace the results of the one run."""
+        nowhere = ("--data", tmp_path / "nowhere")  # exit code 3 where the folder is accepted
+        before = files_of(old_run)
+        assert "--seeds" in simulate("--resume", "--seeds", "0,1", *nowhere, expect=2)
+        assert files_of(old_run) == before
+
+        old_run.rename(tmp_path / "seed_0")
+        old_run.mkdir()
+        (tmp_path / "seed_0").rename(old_run / "seed_0")
+        assert "--seeds" in simulate("--resume", expect=2)
+
     def test_report_of_no_run(self, run_main: Main, tmp_path: Path) -> None:
         code, output = run_main("report", tmp_path)
         assert code == 6

@@ -1,6 +1,5 @@
 import json
 import resource
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -100,13 +99,11 @@ class TestRoundTrip:
         save_checkpoint(tmp_path, state(1, size=6))
         same(latest_checkpoint(tmp_path), state(1, size=6))
 
-    def test_best_is_a_copy_of_a_round_and_moves(self, tmp_path: Path) -> None:
+    def test_best_is_a_round_and_moves(self, tmp_path: Path) -> None:
         for server_round in (1, 2):
             save_checkpoint(tmp_path, state(server_round))
             mark_best(tmp_path, server_round)
             same(load_checkpoint(tmp_path / BEST), state(server_round))
-        shutil.rmtree(tmp_path / "checkpoints")
-        same(load_checkpoint(tmp_path / BEST), state(2))
         assert leftovers(tmp_path) == []
 
 
@@ -157,13 +154,11 @@ class TestFullDisk:
             save_checkpoint(tmp_path, state(1, size=10_000))
         same(latest_checkpoint(tmp_path), state(1))
 
-    def test_best_survives(self, tmp_path: Path) -> None:
+    def test_something_in_the_way_of_best(self, tmp_path: Path) -> None:
         save_checkpoint(tmp_path, state(1))
-        mark_best(tmp_path, 1)
-        save_checkpoint(tmp_path, state(2, size=10_000))
-        with small_disk(10_000), pytest.raises(RunError, match="best"):
-            mark_best(tmp_path, 2)
-        same(load_checkpoint(tmp_path / BEST), state(1))
+        (tmp_path / BEST).mkdir()
+        with pytest.raises(RunError, match="best"):
+            mark_best(tmp_path, 1)
 
     def test_a_folder_that_cannot_be_made(self, tmp_path: Path) -> None:
         (tmp_path / "checkpoints").write_text("in the way", encoding="utf-8")
@@ -185,7 +180,7 @@ from pathlib import Path
 import numpy as np
 from icmoe.checkpoint import Checkpoint, mark_best, save_checkpoint
 
-EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.listdir", "os.scandir", "shutil.rmtree"}
+EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.listdir", "os.scandir", "os.symlink", "shutil.rmtree"}
 
 def state(server_round):
     arrays = {"router.gate.weight": np.full((4000, 2), server_round, np.float32)}
@@ -227,7 +222,8 @@ def killed(run_dir, how):
     return os.WIFSIGNALED(os.waitpid(child, 0)[1])
 
 root, action = Path(sys.argv[1]), sys.argv[2]
-assert killed(root / "write", die_in_the_middle_of_a_write)
+if action != "best":  # a link has no middle
+    assert killed(root / "write", die_in_the_middle_of_a_write)
 number = 1
 while killed(root / str(number), lambda: die_before(number)):
     number += 1
@@ -243,7 +239,7 @@ class TestKill:
             [sys.executable, "-c", KILLER, str(folder), action], capture_output=True, text=True, check=False, timeout=60
         )
         assert done.returncode == 0, done.stderr
-        assert json.loads(done.stdout) >= 5
+        assert json.loads(done.stdout) >= (3 if action == "best" else 5)
         return sorted(folder.iterdir())
 
     def test_saving_a_round_never_loses_the_one_before(self, tmp_path: Path) -> None:
