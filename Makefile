@@ -23,9 +23,10 @@ STAMP := $(ENV)/.installed
 FITS := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3 python,$(shell $(p) -c '$(FITS)' 2>/dev/null && echo $(p))))
 
-# Two tests at a time; conftest.py keeps the slow ones apart, as each of them fills both cores.
+# Quick tests two at a time; the federations of tests/integration alone, as each of them fills both cores.
 WORKERS ?= 2
-PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+PYTEST = $(BIN)/python -m pytest
+QUICK = $(wildcard $(addprefix tests/,unit property reference contract))
 
 # A stamp that another checkout left in a shared environment does not count: its editable install points there.
 ifneq ($(shell cat '$(STAMP)' 2>/dev/null),$(CURDIR))
@@ -96,10 +97,11 @@ imports: $(STAMP) ## import contracts: who may know whom
 	$(BIN)/lint-imports --no-logo
 
 pytest: $(STAMP) ## all tests; those on real images need ICMOE_TEST_DATA
-	$(PYTEST) tests
+	$(PYTEST) -n $(WORKERS) $(QUICK)
+	$(PYTEST) tests/integration
 
 unit: $(STAMP) ## the quick tests only
-	$(PYTEST) $(wildcard $(addprefix tests/,unit property reference contract))
+	$(PYTEST) -n $(WORKERS) $(QUICK)
 
 format: $(STAMP) ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .

@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import shutil
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +13,7 @@ import typer
 from rich.console import Console
 
 from icmoe import __version__
-from icmoe.errors import EXIT_INTERRUPTED, ConfigError, IcmoeError
+from icmoe.errors import EXIT_INTERRUPTED, ConfigError, IcmoeError, RunError
 
 REFERENCES = ("local", "pooled")
 
@@ -69,7 +68,7 @@ def simulate(
     run = load_run_config(config, override or [])
     folder = out or Path("runs") / config.stem
     references = _choices(reference, REFERENCES, option="--reference")
-    _prepare_folder(folder, resume=resume, overwrite=overwrite)
+    _check_folder(folder, resume=resume, overwrite=overwrite, with_seeds=bool(seeds))
     request = SimulationRequest(
         run=run,
         data=_find_data(data, embedded=run.simulation.embedded_data, task=run.task.name),
@@ -79,6 +78,7 @@ def simulate(
         checkpoint=checkpoint,
         verify_checkpoint=not trust_checkpoint,
         verbose=verbose,
+        replaces=folder if overwrite else None,
     )
     with ConsoleWatcher(console) as watcher:
         results = simulate_seeds(request, _seed_list(seeds), watcher) if seeds else run_simulation(request, watcher)
@@ -134,6 +134,9 @@ def main() -> None:
         console.print(f"[bold red]{type(error).__name__}[/]: ", end="")
         console.print(str(error), markup=False, highlight=False, soft_wrap=True)
         _leave(error.exit_code)
+    except OSError as error:
+        console.print(f"RunError: {error}. Free some space or choose another folder.", markup=False, soft_wrap=True)
+        _leave(RunError.exit_code)
     except (click.Abort, KeyboardInterrupt):
         console.print("\nStopped. The last finished round is kept; the same command with --resume continues from it.")
         _leave(EXIT_INTERRUPTED)
@@ -152,7 +155,7 @@ def _leave(exit_code: int) -> None:
     os._exit(exit_code)
 
 
-def _prepare_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
+def _check_folder(folder: Path, *, resume: bool, overwrite: bool, with_seeds: bool) -> None:
     from icmoe.checkpoint import holds_run
 
     if folder.exists() and not folder.is_dir():
@@ -162,13 +165,17 @@ def _prepare_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
     if overwrite and folder.exists():
         if any(folder.iterdir()) and not holds_run(folder):
             raise ConfigError(f"{folder} holds no run of ours, so --overwrite leaves it alone; choose another --out.")
-        shutil.rmtree(folder)
+        return
     if not resume and folder.exists() and any(folder.iterdir()):
         raise ConfigError(
             f"{folder} is not empty; use --resume to continue the run in it or --overwrite to start anew."
         )
     if resume and not holds_run(folder):
         raise ConfigError(f"{folder} holds no run to resume; start it without --resume.")
+    if resume and any(folder.glob("seed_*/config.sha256")) != with_seeds:
+        raise ConfigError(
+            f"{folder} was started {'without' if with_seeds else 'with'} --seeds; resume it the same way."
+        )
 
 
 def _find_data(data: Path | None, *, embedded: bool, task: str) -> Path:

@@ -45,8 +45,8 @@ def write_examples(run_dir: Path, bench: Workbench, sites: Sequence[Site]) -> No
 def _load_best(run_dir: Path, bench: Workbench) -> None:
     best = load_checkpoint(run_dir / "best")
     load_arrays(bench.model, best.arrays)
-    local = bench.local_file(best.server_round)
-    if local.exists():
+    local = bench.latest_local_file(best.server_round)
+    if local is not None:
         load_arrays(bench.model, load_file(local))
 
 

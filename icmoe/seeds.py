@@ -26,6 +26,9 @@ def simulate_seeds(request: SimulationRequest, seeds: Sequence[int], watcher: Wa
         watcher.stage(f"Seed {seed}")
         single = dataclasses.replace(request, run=config, out=folder, resume=request.resume and holds_run(folder))
         runs[folder.name] = simulate(single, watcher)
+        request = dataclasses.replace(
+            request, replaces=None
+        )  # the old run is gone; the next seed must not take this one
     results = {"seeds": list(seeds), "runs": list(runs), **summarise_seeds(list(runs.values()))}
     write_json(request.out / "results.json", results)
     write_report(request.out)

@@ -6,6 +6,7 @@ Part of the composition root: it may import both the server's and the client's p
 import json
 import logging
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,6 +61,7 @@ class SimulationRequest:
         checkpoint: file of the pretrained weights, for backbones that do not ship with a package.
         verify_checkpoint: compare it with the published digest.
         verbose: show Flower's and Ray's own logs.
+        replaces: folder of an old run, removed as late as possible: when this one can start.
     """
 
     run: RunConfig
@@ -70,6 +72,7 @@ class SimulationRequest:
     checkpoint: Path | None = None
     verify_checkpoint: bool = True
     verbose: bool = False
+    replaces: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,8 @@ def simulate(request: SimulationRequest, watcher: Watcher) -> dict[str, Any]:
         sites = make_sites(request)
         _check_request(request, sites)
         bench = encode_everything(request, sites, watcher)
+        if request.replaces is not None and request.replaces.exists():
+            shutil.rmtree(request.replaces)
         _open_run(request, bench)
         if not (request.out / "results.json").exists():
             watcher.stage("Training")
@@ -163,10 +168,11 @@ def encode_everything(request: SimulationRequest, sites: tuple[Site, ...], watch
         num_threads=num_cpus(),
     )
     bench = Workbench.prepare(everything, request.run)
-    for split in SPLITS:
-        if bench.select(split):
-            bench.dataset(split)
-            bench.encode(split, progress=watcher.advance)
+    splits = [split for split in SPLITS if bench.select(split)]
+    for split in splits:
+        bench.dataset(split)
+    for split in splits:
+        bench.encode(split, progress=watcher.advance)
     return bench
 
 
@@ -180,7 +186,7 @@ def _check_request(request: SimulationRequest, sites: tuple[Site, ...]) -> None:
     out, digest, wanted = request.out, request.run.digest(), request.run.federation.min_replies
     if wanted > len(sites):
         raise ConfigError(f"federation.min_replies is {wanted}, but the data have {len(sites)} sites; lower it.")
-    if holds_run(out):
+    if holds_run(out) and request.replaces is None:
         if not request.resume:
             raise ConfigError(f"{out} already holds a run; use --resume to continue it or --overwrite to start anew.")
         if (out / "config.sha256").read_text(encoding="utf-8").strip() != digest:

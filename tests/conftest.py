@@ -42,14 +42,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs absent images; keep slow tests on one worker, as each of them uses every core."""
+    """Skip what needs absent images."""
     for item in items:
         if "test_data" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.shared_data)
         if item.get_closest_marker("shared_data") and _data_folder() is None:
             item.add_marker(pytest.mark.skip(reason=SKIP_REASON))
-        if item.get_closest_marker("slow"):
-            item.add_marker(pytest.mark.xdist_group("slow"))
 
 
 @pytest.hookimpl(wrapper=True)

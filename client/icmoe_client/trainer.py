@@ -74,8 +74,8 @@ def _load_weights(bench: Workbench, instruction: Instruction, arrays: Arrays) ->
         raise ExchangeError(f"the centre sent other tensors than this run's model has; first difference: {wrong[0]}")
     load_arrays(bench.model, arrays)
     # A round starts from the local tensors of the one before; scoring round r uses those of round r.
-    source = bench.local_file(instruction.server_round - (instruction.job == "train"))
-    if source.exists():
+    source = bench.latest_local_file(instruction.server_round - (instruction.job == "train"))
+    if source is not None:
         load_arrays(bench.model, load_file(source))
 
 

@@ -99,6 +99,15 @@ class Workbench:
         """Names of the tensors that may leave the site."""
         return shared_names(self.model.adapter_params(), self.run.federation.scope, normalisation_params(self.model))
 
+    def latest_local_file(self, server_round: int) -> Path | None:
+        """The newest local tensors up to a round; a site that missed rounds goes on from its last one."""
+        files = sorted(self.site.state_dir.glob("local_round_*.safetensors"), key=_round_of)
+        return next((file for file in reversed(files) if _round_of(file) <= server_round), None)
+
     def local_file(self, server_round: int) -> Path:
         """Where the tensors that never leave are kept, as they were after a round."""
         return self.site.state_dir / f"local_round_{server_round:03d}.safetensors"
+
+
+def _round_of(file: Path) -> int:
+    return int(file.stem.split("_")[-1])

@@ -162,11 +162,11 @@ def load_backbone(
     if checkpoint is None:
         if spec.bundled is None:
             raise BackboneError(
-                f"{name} needs a checkpoint file and none was given. Get {spec.origin} and give its path as checkpoint."
+                f"{name} needs a checkpoint file and none was given. Get {spec.origin} and give its path with --checkpoint."
             )
         checkpoint = spec.bundled()
     if not checkpoint.is_file():
-        raise BackboneError(f"{name}: {checkpoint} is not a file. Give the path of {spec.origin} as checkpoint.")
+        raise BackboneError(f"{name}: {checkpoint} is not a file. Give the path of {spec.origin} with --checkpoint.")
     found = _verify_checkpoint(name, spec, checkpoint) if verify_checkpoint else None
     with torch.random.fork_rng(devices=[]):  # the random initialisation must not shift the caller's random numbers
         sam = spec.build()

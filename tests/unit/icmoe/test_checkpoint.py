@@ -180,7 +180,7 @@ from pathlib import Path
 import numpy as np
 from icmoe.checkpoint import Checkpoint, mark_best, save_checkpoint
 
-EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.listdir", "os.scandir", "os.symlink", "shutil.rmtree"}
+EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.listdir", "os.scandir", "os.symlink"}
 
 def state(server_round):
     arrays = {"router.gate.weight": np.full((4000, 2), server_round, np.float32)}
