@@ -162,7 +162,8 @@ def load_backbone(
     if checkpoint is None:
         if spec.bundled is None:
             raise BackboneError(
-                f"{name} needs a checkpoint file and none was given. Get {spec.origin} and give its path with --checkpoint."
+                f"{name} needs a checkpoint file and none was given. Get {spec.origin} and give its path with "
+                "--checkpoint."
             )
         checkpoint = spec.bundled()
     if not checkpoint.is_file():
