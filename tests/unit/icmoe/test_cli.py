@@ -167,7 +167,7 @@ class TestOutputFolder:
     def test_a_folder_with_seeds_is_a_run(self, ask: Main, tmp_path: Path) -> None:
         (tmp_path / "seeds" / "seed_3").mkdir(parents=True)
         (tmp_path / "seeds" / "seed_3" / "config.sha256").write_text("digest")
-        assert ask(tmp_path / "seeds", "--resume")[0] == 3
+        assert ask(tmp_path / "seeds", "--resume", "--seeds", "3")[0] == 3
         assert ask(tmp_path / "seeds")[0] == 2
 
     @pytest.mark.parametrize("options", [(), ("--overwrite",), ("--resume",)])
