@@ -7,6 +7,7 @@ Letters: B batch, E experts, K classes, G logit grid, d length of a pixel embedd
 """
 
 from collections.abc import Mapping
+from typing import NamedTuple, Self
 
 import torch
 from monai.losses import DiceLoss
@@ -17,7 +18,7 @@ from icmoe.modeling.icmoe import IcMoeOutput
 from icmoe.types import IGNORE_INDEX
 
 EPS = 1e-6
-_soft_dice = DiceLoss(include_background=False, reduction="none", smooth_nr=1.0, smooth_dr=1.0)
+_soft_dice = DiceLoss(reduction="none", smooth_nr=1.0, smooth_dr=1.0)
 
 
 def at_grid(labels: Tensor, grid: int) -> Tensor:
@@ -26,24 +27,34 @@ def at_grid(labels: Tensor, grid: int) -> Tensor:
     return labels[:, stride // 2 :: stride, stride // 2 :: stride]
 
 
-def segmentation_loss(log_probabilities: Tensor, labels: Tensor) -> Tensor:
+class Truth(NamedTuple):
+    """Labels as the losses use them: ``valid`` (B, 1, G, G) and ``one_hot`` (B, K, G, G), 0 at ignored pixels."""
+
+    valid: Tensor
+    one_hot: Tensor
+
+    @classmethod
+    def of(cls, labels: Tensor, num_classes: int) -> Self:
+        """From (B, G, G) class ids with ``IGNORE_INDEX``."""
+        classes = torch.arange(num_classes, device=labels.device).reshape(1, -1, 1, 1)
+        return cls((labels != IGNORE_INDEX).unsqueeze(1).float(), (labels.unsqueeze(1) == classes).float())
+
+
+def segmentation_loss(log_probabilities: Tensor, truth: Truth) -> Tensor:
     """Dice + cross-entropy per image; ignored pixels count in neither.
 
     Args:
         log_probabilities: (B, K, G, G).
-        labels: (B, G, G) class ids with ``IGNORE_INDEX``.
+        truth: the labels, made once for all experts.
 
     Returns:
         (B,).
     """
-    valid = (labels != IGNORE_INDEX).unsqueeze(1)
-    ids = labels.masked_fill(labels == IGNORE_INDEX, 0)
-    num_pixels = valid.sum(dim=(1, 2, 3)).clamp(min=1)
-    picked = log_probabilities.gather(1, ids.unsqueeze(1)) * valid
-    cross_entropy = -picked.sum(dim=(1, 2, 3)) / num_pixels
-    truth = F.one_hot(ids, log_probabilities.shape[1]).movedim(-1, 1) * valid
-    # MONAI reduces nothing here: (B, K-1, 1, 1), classes without background.
-    dice: Tensor = _soft_dice(log_probabilities.exp() * valid, truth).flatten(1).mean(dim=1)
+    num_pixels = truth.valid.sum(dim=(1, 2, 3)).clamp(min=1)
+    cross_entropy = -(log_probabilities * truth.one_hot).sum(dim=(1, 2, 3)) / num_pixels
+    foreground = log_probabilities[:, 1:].exp() * truth.valid
+    # MONAI reduces nothing here: (B, K-1, 1, 1).
+    dice: Tensor = _soft_dice(foreground, truth.one_hot[:, 1:]).flatten(1).mean(dim=1)
     return cross_entropy + dice
 
 
@@ -124,7 +135,7 @@ def semantic_contrast_loss(
     and the anchors of other classes.
 
     Args:
-        pixels: (B, d, G, G) unit length.
+        pixels: (B, d, G, G) of any length; their directions are compared.
         prototypes: (B, K, d) unit length.
         labels: (B, G, G) with ``IGNORE_INDEX``.
         anchors: (B, A) flat indices.
@@ -134,13 +145,15 @@ def semantic_contrast_loss(
         (B,).
     """
     num_classes = prototypes.shape[1]
-    flat, flat_labels = pixels.flatten(2), labels.flatten(1)
+    flat, flat_labels = pixels.permute(0, 2, 3, 1).flatten(1, 2), labels.flatten(1)
     anchor_labels = flat_labels.gather(1, anchors)
     valid = anchor_labels != IGNORE_INDEX
     ids = anchor_labels.masked_fill(~valid, 0)
-    anchor_pixels = flat.gather(2, anchors.unsqueeze(1).expand(-1, flat.shape[1], -1)).transpose(1, 2)
-    members = torch.stack([(flat_labels == k).float() for k in range(num_classes)], dim=1)
-    means = F.normalize(torch.einsum("bkn,bdn->bkd", members, flat.detach()), dim=2)
+    anchor_pixels = F.normalize(flat.gather(1, anchors.unsqueeze(2).expand(-1, -1, flat.shape[2])).float(), dim=2)
+    members = torch.stack([flat_labels == k for k in range(num_classes)], dim=1)
+    # Each member counts with its direction, not its length.
+    directions = members * flat.detach().norm(dim=2).clamp(min=EPS).reciprocal().unsqueeze(1)
+    means = F.normalize((directions.to(flat.dtype) @ flat.detach()).float(), dim=2)
 
     to_prototypes = torch.einsum("bad,bkd->bak", anchor_pixels, prototypes) / temperature
     own_mean = (anchor_pixels * means.gather(1, ids.unsqueeze(2).expand(-1, -1, means.shape[2]))).sum(2) / temperature
@@ -187,10 +200,12 @@ def icmoe_loss(
     if side != grid:
         fused = F.interpolate(fused, size=(side, side), mode="bilinear", align_corners=False)
     coarse = at_grid(labels, grid)
-    loss = segmentation_loss((fused + EPS).log(), labels)
-    num_experts = output.expert_log_probabilities.shape[1]
+    num_experts, num_classes = output.expert_log_probabilities.shape[1:3]
+    truth = Truth.of(labels, num_classes)
+    loss = segmentation_loss((fused + EPS).log(), truth)
     if weights["expert"]:
-        each = [segmentation_loss(output.expert_log_probabilities[:, e], coarse) for e in range(num_experts)]
+        coarse_truth = truth if side == grid else Truth.of(coarse, num_classes)
+        each = [segmentation_loss(output.expert_log_probabilities[:, e], coarse_truth) for e in range(num_experts)]
         loss = loss + weights["expert"] * torch.stack(each).mean(dim=0)
     if weights["consistency"]:
         loss = loss + weights["consistency"] * label_consistency_loss(

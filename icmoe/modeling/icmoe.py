@@ -102,5 +102,5 @@ class IcMoe(nn.Module):
         vote = pixel_probability_adaptive_voting(
             log_probabilities.exp(), gate, beta if self.adaptive_voting else torch.zeros_like(beta), top_k=self.top_k
         )
-        pixels, prototypes = (semantic[0][1].float(), semantic[0][2].float()) if semantic else (None, None)
+        pixels, prototypes = semantic[0][1:] if semantic else (None, None)
         return IcMoeOutput(vote.probabilities, log_probabilities, gate, vote.weights, pixels, prototypes)

@@ -36,7 +36,8 @@ def pixel_probability_adaptive_voting(
         The fused probabilities and the weights, which sum to 1 over experts.
     """
     gate = gate_log_probabilities.exp()
-    consensus = torch.einsum("bekhw,behw->bkhw", expert_probabilities, gate)
+    # Multiply and sum: as an einsum this is a matrix product per pixel, several times dearer.
+    consensus = (expert_probabilities * gate.unsqueeze(2)).sum(dim=1)
     # EPS keeps the gradient of the root finite where a probability underflows.
     agreement = (expert_probabilities * consensus.unsqueeze(1) + EPS**2).sqrt().sum(dim=2)
     scores = gate_log_probabilities + beta * agreement
@@ -44,4 +45,4 @@ def pixel_probability_adaptive_voting(
         threshold = scores.topk(min(top_k, scores.shape[1]), dim=1).values[:, -1:]
         scores = scores.masked_fill(scores < threshold, -torch.inf)
     weights = scores.softmax(dim=1)
-    return Vote(torch.einsum("bekhw,behw->bkhw", expert_probabilities, weights), weights)
+    return Vote((expert_probabilities * weights.unsqueeze(2)).sum(dim=1), weights)

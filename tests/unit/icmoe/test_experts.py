@@ -87,7 +87,6 @@ def test_basic_residual_leaves_zero_with_the_first_gradient() -> None:
 def test_semantic_votes_by_cosine_over_temperature() -> None:
     expert = semantic(temperature=0.25)
     logits, pixels, prototypes = expert(embeddings())
-    torch.testing.assert_close(pixels.norm(dim=1), torch.ones(2, 16, 16))
     torch.testing.assert_close(prototypes.norm(dim=2), torch.ones(2, CLASSES))
     cosine = nn.functional.cosine_similarity(pixels.unsqueeze(1), prototypes[..., None, None], dim=2)
     torch.testing.assert_close(logits, cosine / 0.25, rtol=1e-4, atol=1e-5)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from icmoe.losses import (
+    Truth,
     choose_anchors,
     icmoe_loss,
     label_consistency_loss,
@@ -87,21 +88,22 @@ def with_ignored(labels: Tensor) -> tuple[Tensor, Tensor]:
 class TestSegmentation:
     def test_truth_costs_nothing_and_its_opposite_much(self) -> None:
         labels = labels_of_discs()
-        assert (segmentation_loss(certain(labels), labels) < 1e-3).all()
-        assert (segmentation_loss(certain((labels + 1) % K), labels) > 10.0).all()
+        assert (segmentation_loss(certain(labels), Truth.of(labels, K)) < 1e-3).all()
+        assert (segmentation_loss(certain((labels + 1) % K), Truth.of(labels, K)) > 10.0).all()
 
     def test_ignored_pixels_change_nothing(self) -> None:
         labels, where = with_ignored(labels_of_discs())
         one = torch.randn(B, K, G, G)
         other = torch.where(where.unsqueeze(1), torch.randn(B, K, G, G), one)
         torch.testing.assert_close(
-            segmentation_loss(one.log_softmax(1), labels), segmentation_loss(other.log_softmax(1), labels)
+            segmentation_loss(one.log_softmax(1), Truth.of(labels, K)),
+            segmentation_loss(other.log_softmax(1), Truth.of(labels, K)),
         )
 
     def test_ignored_pixels_get_no_gradient(self) -> None:
         labels, where = with_ignored(labels_of_discs())
         logits = torch.randn(B, K, G, G, requires_grad=True)
-        segmentation_loss(logits.log_softmax(1), labels).sum().backward()  # type: ignore[no-untyped-call]
+        segmentation_loss(logits.log_softmax(1), Truth.of(labels, K)).sum().backward()  # type: ignore[no-untyped-call]
         assert logits.grad is not None
         assert not logits.grad.movedim(1, -1)[where].any()
         assert logits.grad.movedim(1, -1)[~where].any()
@@ -109,7 +111,7 @@ class TestSegmentation:
     @pytest.mark.parametrize("value", [0, IGNORE_INDEX])
     def test_an_image_without_foreground_or_without_anything_is_finite(self, value: int) -> None:
         logits = torch.randn(B, K, G, G, requires_grad=True)
-        loss = segmentation_loss(logits.log_softmax(1), torch.full((B, G, G), value))
+        loss = segmentation_loss(logits.log_softmax(1), Truth.of(torch.full((B, G, G), value), K))
         loss.sum().backward()  # type: ignore[no-untyped-call]
         assert loss.isfinite().all()
         assert logits.grad is not None
@@ -117,8 +119,8 @@ class TestSegmentation:
 
     def test_one_value_per_image(self) -> None:
         labels, logits = labels_of_discs(), torch.randn(B, K, G, G).log_softmax(1)
-        both = segmentation_loss(logits, labels)
-        torch.testing.assert_close(both[1:], segmentation_loss(logits[1:], labels[1:]))
+        both = segmentation_loss(logits, Truth.of(labels, K))
+        torch.testing.assert_close(both[1:], segmentation_loss(logits[1:], Truth.of(labels[1:], K)))
 
 
 class TestConsistency:
@@ -315,7 +317,7 @@ class TestTotal:
         labels = coarse.repeat_interleave(finer, 1).repeat_interleave(finer, 2)
         size = (finer * G, finer * G)
         fused = torch.nn.functional.interpolate(output.probabilities, size=size, mode="bilinear")
-        expected = segmentation_loss((fused + 1e-6).log(), labels)
+        expected = segmentation_loss((fused + 1e-6).log(), Truth.of(labels, K))
         torch.testing.assert_close(total(output, labels, weights=NO_TERMS), expected)
         extra = total(output, labels) - expected
         torch.testing.assert_close(extra, total(output, coarse) - total(output, coarse, weights=NO_TERMS))
