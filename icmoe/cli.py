@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from icmoe import __version__
-from icmoe.errors import EXIT_INTERRUPTED, ConfigError, IcmoeError, RunError
+from icmoe.errors import EXIT_FAULT, EXIT_INTERRUPTED, ConfigError, IcmoeError, RunError
 
 REFERENCES = ("local", "pooled")
 
@@ -138,8 +138,15 @@ def main() -> None:
         console.print(f"RunError: {error}. Free some space or choose another folder.", markup=False, soft_wrap=True)
         _leave(RunError.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        console.print("\nStopped. The last finished round is kept; the same command with --resume continues from it.")
+        console.print(
+            "\nStopped. Finished rounds are kept: go on with --resume in place of --overwrite, if that was given."
+        )
         _leave(EXIT_INTERRUPTED)
+    except Exception:
+        # Not an error of our tree, so a fault of ours: say so, and do not wait for Flower's threads.
+        console.print_exception()
+        console.print("This is a fault in icmoe-fl: please report it with the lines above.")
+        _leave(EXIT_FAULT)
 
 
 def _leave(exit_code: int) -> None:

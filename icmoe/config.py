@@ -225,6 +225,10 @@ class SimulationConfig(_Section):
             raise ValueError("num_sites belongs to partition iid and dirichlet, and only to these")
         return self
 
+    def num_asked(self, num_sites: int) -> int:
+        """Sites asked to train per round, of ``num_sites``."""
+        return max(1, round(self.fraction_train * num_sites))
+
 
 class RunConfig(_Section):
     """A whole run."""

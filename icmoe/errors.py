@@ -26,6 +26,7 @@ A message says what was given, what is allowed and what to do next. Messages of 
 
 from typing import ClassVar
 
+EXIT_FAULT = 1
 EXIT_INTERRUPTED = 130
 
 

@@ -177,6 +177,10 @@ def check_report(
         raise IncompatibleUpdateError(f"the reply's Dice is {report.numbers['dice']}")
     if len(report.dice_per_class) not in (0, num_classes):
         raise IncompatibleUpdateError(f"the reply scores {len(report.dice_per_class)} classes, expected {num_classes}")
+    for dice in report.dice_per_class:
+        # NaN says that the class is in no image.
+        if not (np.isnan(dice) or 0.0 <= dice <= 1.0):
+            raise IncompatibleUpdateError(f"the reply's Dice of a class is {dice}")
     for expert, share in report.expert_shares.items():
         if not 0.0 <= share <= 1.0:
             raise IncompatibleUpdateError(f"the share of expert {expert} is {share}, expected 0 to 1")

@@ -184,8 +184,12 @@ def _check_request(request: SimulationRequest, sites: tuple[Site, ...]) -> None:
             asked for, nor is it the same run.
     """
     out, digest, wanted = request.out, request.run.digest(), request.run.federation.min_replies
-    if wanted > len(sites):
-        raise ConfigError(f"federation.min_replies is {wanted}, but the data have {len(sites)} sites; lower it.")
+    num_asked = request.run.simulation.num_asked(len(sites))
+    if wanted > num_asked:
+        raise ConfigError(
+            f"federation.min_replies is {wanted}, but each round asks {num_asked} of the {len(sites)} sites in the "
+            "data; lower it, or raise simulation.fraction_train."
+        )
     if holds_run(out) and request.replaces is None:
         if not request.resume:
             raise ConfigError(f"{out} already holds a run; use --resume to continue it or --overwrite to start anew.")

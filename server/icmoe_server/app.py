@@ -84,8 +84,11 @@ def run_federation(plan: Plan, grid: Grid) -> None:
             timeout=plan.run.federation.round_timeout,
             evaluate_fn=strategy.finish_round,
         )
-    if not books.rounds_with_replies():
-        raise RunError(f"no site ever gave a usable update: {describe_failures(books.records[-1])}")
+    if not books.num_aggregated():
+        raise RunError(
+            f"in no round did federation.min_replies = {plan.run.federation.min_replies} sites give a usable update: "
+            f"{describe_failures(books.records[-1])}"
+        )
     _finish(plan, grid, strategy, books, seconds=time.monotonic() - started)
 
 

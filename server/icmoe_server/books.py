@@ -47,9 +47,9 @@ class Books:
         }
         return max(means, key=lambda scored: (means[scored], -scored)) if means else None
 
-    def rounds_with_replies(self) -> int:
-        """Rounds in which the model learnt something."""
-        return sum(bool(record.get("answered")) for record in self.records if not record.get("evaluate_only"))
+    def num_aggregated(self) -> int:
+        """Rounds in which the model learnt something: enough good replies came."""
+        return sum(bool(record.get("aggregated")) for record in self.records)
 
 
 def summarise_test(reports: Mapping[str, SiteReport], class_names: list[str]) -> Record:

@@ -113,7 +113,8 @@ class FederationStrategy(Strategy):
                 logger.warning("round %d: quarantined the reply of %s: %s", state.server_round, site, error)
                 record["quarantined"][site] = str(error)
         self._note_updates(record, updates)
-        if len(updates) >= self._run.federation.min_replies:
+        record["aggregated"] = len(updates) >= self._run.federation.min_replies
+        if record["aggregated"]:
             self._arrays = self._optimizer.step(state.server_round, list(updates.values()), self._arrays)
             self._empty_rounds = 0
         else:
@@ -183,7 +184,7 @@ class FederationStrategy(Strategy):
     def _sample(self, server_round: int) -> list[str]:
         """Sites asked this round; drawn from run seed and round, so that a resumed run draws the same."""
         names = list(self._nodes)
-        count = max(1, round(self._run.simulation.fraction_train * len(names)))
+        count = self._run.simulation.num_asked(len(names))
         rng = np.random.default_rng([self._run.train.seed, server_round])
         return sorted(names[index] for index in rng.permutation(len(names))[:count])
 

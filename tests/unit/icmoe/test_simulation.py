@@ -115,8 +115,15 @@ class TestOpenRun:
             ({}, "already holds a run"),
             ({"resume": True, "run": run_config(train={"seed": 5})}, "another config"),
             ({"run": run_config(federation={"min_replies": 4}), "out": Path("elsewhere")}, "min_replies"),
+            (
+                {
+                    "run": run_config(federation={"min_replies": 2}, simulation={"fraction_train": 0.4}),
+                    "out": Path("elsewhere"),
+                },
+                "asks 1 of",
+            ),
         ],
-        ids=["run there", "another config", "replies"],
+        ids=["run there", "another config", "replies", "replies of those asked"],
     )
     def test_refuses_before_any_encoding(
         self, data: Path, bench: Any, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], told: str

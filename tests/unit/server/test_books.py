@@ -46,14 +46,14 @@ def test_lines_are_on_disk_at_once_and_read_back(run_dir: Path) -> None:
     assert [record["round"] for record in Books(run_dir, last_round=1).records] == [1]
 
 
-def test_rounds_with_replies(run_dir: Path) -> None:
+def test_num_aggregated(run_dir: Path) -> None:
     books = Books(run_dir, last_round=0)
-    books.add({**line(1), "answered": []})
-    assert books.rounds_with_replies() == 0
+    books.add({**line(1), "answered": ["a"], "aggregated": False})
+    assert books.num_aggregated() == 0
     books.add({**line(2), "evaluate_only": True})
-    assert books.rounds_with_replies() == 0
-    books.add(line(3))
-    assert books.rounds_with_replies() == 1
+    assert books.num_aggregated() == 0
+    books.add({**line(3), "aggregated": True})
+    assert books.num_aggregated() == 1
 
 
 def report(site: str, numbers: dict[str, float], per_class: list[float]) -> SiteReport:
