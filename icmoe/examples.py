@@ -8,7 +8,7 @@ from safetensors.numpy import load_file
 
 from icmoe.checkpoint import load_checkpoint
 from icmoe.data.dataset import SegmentationDataset
-from icmoe.data.readers import read_image
+from icmoe.data.sources import load_pixels
 from icmoe.metrics import score_image
 from icmoe.training import load_arrays, predict
 from icmoe_client.site import Site
@@ -78,7 +78,7 @@ def _predict_one(bench: Workbench, data: SegmentationDataset, index: int) -> tup
 def _write_example(path: Path, bench: Workbench, data: SegmentationDataset, index: int) -> None:
     prediction, winner = _predict_one(bench, data, index)
     truth = data.original_labels(index)
-    pixels = read_image(data.samples[index].image)
+    pixels = load_pixels(data.samples[index])
     low, high = float(pixels.min()), float(pixels.max())
     score = score_image(prediction, truth, num_classes=bench.run.task.num_classes).mean_dice
     np.savez_compressed(

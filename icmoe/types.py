@@ -18,6 +18,9 @@ Arrays = Mapping[str, Array]
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
+Axis = Literal["axial", "coronal", "sagittal"]
+AXES: tuple[Axis, ...] = ("axial", "coronal", "sagittal")
+
 Family = Literal["basic", "semantic", "adaptive"]
 FAMILIES: tuple[Family, ...] = ("basic", "semantic", "adaptive")
 

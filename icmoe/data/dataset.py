@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from icmoe.data.cache import FeatureCache
-from icmoe.data.features import FeatureSpec, image_digest
+from icmoe.data.features import FeatureSpec
 from icmoe.data.manifest import Sample, list_findings
-from icmoe.data.readers import map_classes, read_mask, read_size
+from icmoe.data.readers import map_classes
+from icmoe.data.sources import image_digest, load_raw_labels, load_size
 from icmoe.data.transforms import apply_view_to_mask, check_view, fit_mask, restore
 from icmoe.errors import MaskError
 from icmoe.types import IGNORE_INDEX
@@ -74,7 +75,7 @@ class SegmentationDataset(Dataset[Item]):
         self._features = features
         self._classes = tuple(classes)
         self._ignore = tuple(ignore)
-        self._digests = [image_digest(sample.image) for sample in self.samples]
+        self._digests = [image_digest(sample) for sample in self.samples]
         self._sizes: list[tuple[int, int]] = []
         # At label size a mask takes 16 to 260 kB, so that all views of a site fit into memory.
         self._labels: dict[tuple[int, str], Tensor] = {}
@@ -142,8 +143,8 @@ class SegmentationDataset(Dataset[Item]):
             raise MaskError(f"{len(findings)} of {len(self.samples)} masks cannot be used:\n{list_findings(findings)}")
 
     def _read_labels(self, sample: Sample) -> npt.NDArray[np.uint8]:
-        raw = read_mask(sample.mask)
-        height, width = read_size(sample.image)
+        raw = load_raw_labels(sample)
+        height, width = load_size(sample)
         if raw.shape != (height, width):
             raise MaskError(
                 f"the image {sample.image} has {height} x {width} pixels (rows x columns), its mask {sample.mask} has "

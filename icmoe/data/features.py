@@ -10,7 +10,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Literal, Protocol, Self
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from icmoe.data.cache import CacheInfo, FeatureCache, default_cache_dir, open_cache
 from icmoe.data.manifest import Sample
-from icmoe.data.readers import read_image
+from icmoe.data.sources import image_digest, load_pixels
 from icmoe.data.transforms import FINGERPRINT, PixelNorm, apply_view, check_view, fit_to_square
 from icmoe.errors import DataError, RunError
 
@@ -31,7 +30,6 @@ __all__ = [
     "Precision",
     "default_cache_dir",
     "encode_samples",
-    "image_digest",
     "open_cache",
 ]
 
@@ -98,7 +96,7 @@ class FeatureSpec:
         return EMBEDDING_CHANNELS * self.embedding_size**2 * 2 + 3 * self.detail_size**2 + _HEADER_BYTES
 
     def key(self, image_digest: str, view: str) -> str:
-        """Name of the entry for an image (by the sha256 of its file) in a view."""
+        """Name of the entry for an image (by its digest) in a view."""
         parts = [FINGERPRINT, "float16", image_digest, view, *(str(value) for value in asdict(self).values())]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
@@ -131,23 +129,9 @@ class _Job:
     """One entry to compute."""
 
     key: str
-    image: Path
+    sample: Sample
     image_digest: str
     view: str
-
-
-def image_digest(path: Path) -> str:
-    """Sha256 of an image file; names the image in cache keys and seeds its views.
-
-    Raises:
-        DataError: if the file cannot be read.
-    """
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        raise DataError(
-            f"cannot read {path}: {error.strerror}. Correct the manifest or bring the file back."
-        ) from error
 
 
 def encode_samples(
@@ -186,7 +170,7 @@ def encode_samples(
     start = time.perf_counter()
     spec = FeatureSpec.of(backbone, detail_size=detail_size, precision=precision)
     cache.remove_stale()
-    digests = {sample.image: image_digest(sample.image) for sample in samples}
+    digests = {sample: image_digest(sample) for sample in samples}
     views = tuple(dict.fromkeys(views))
     jobs = _missing(spec, digests, views=views, cache=cache)
     if not _fits(jobs, spec=spec, cache=cache) and views != ("identity",):
@@ -218,16 +202,16 @@ def encode_samples(
 
 
 def _missing(
-    spec: FeatureSpec, digests: Mapping[Path, str], *, views: Sequence[str], cache: FeatureCache
+    spec: FeatureSpec, digests: Mapping[Sample, str], *, views: Sequence[str], cache: FeatureCache
 ) -> list[_Job]:
     for view in views:
         check_view(view)
     jobs = {}
-    for image, digest in digests.items():
+    for sample, digest in digests.items():
         for view in views:
             key = spec.key(digest, view)
             if key not in cache:
-                jobs[key] = _Job(key=key, image=image, image_digest=digest, view=view)
+                jobs[key] = _Job(key=key, sample=sample, image_digest=digest, view=view)
     return list(jobs.values())
 
 
@@ -266,7 +250,7 @@ def _encode_batch(
     for job, one, detail in zip(batch, embeddings, details, strict=False):
         if not torch.isfinite(one).all():
             raise DataError(
-                f"the backbone's features of {job.image} are not finite in half precision. "
+                f"the backbone's features of {job.sample.image} are not finite in half precision. "
                 "Look at the image: an empty or broken one is the usual cause."
             )
         try:
@@ -279,7 +263,7 @@ def _encode_batch(
 
 def _prepare(job: _Job, *, spec: FeatureSpec) -> tuple[Tensor, Tensor]:
     """Return the backbone's image (3, S, S) and the detail image (3, D, D) uint8, both in the job's view."""
-    pixels = read_image(job.image)
+    pixels = load_pixels(job.sample)
     image = fit_to_square(pixels, spec.image_size, pixel_norm=spec.pixel_norm)
     detail = fit_to_square(pixels, spec.detail_size, pixel_norm="minmax")
     image, detail = (apply_view(square, job.view, seed_text=job.image_digest) for square in (image, detail))

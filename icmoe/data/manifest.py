@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
+from icmoe.data.intensity import IntensityRule
 from icmoe.errors import ManifestError
-from icmoe.types import SPLITS, Split
+from icmoe.types import AXES, SPLITS, Split
 
 FILE_NAME = "manifest.csv"
 REQUIRED_COLUMNS = ("image", "mask", "patient", "split")
@@ -26,6 +27,10 @@ class Sample:
         site: the hospital.
         slice: position in the patient's volume, as text; empty where there is none.
         spacing: (row, column) millimetres per pixel, None where unknown.
+        axis: axial, coronal or sagittal: the image is slice number ``slice`` of a volume along it. Empty for a picture.
+        series: SeriesInstanceUID, where the image is a folder that holds several.
+        frame: index of the volume in a 4-D file.
+        intensity: rule that makes grey of stored values; see ``icmoe.data.intensity``.
     """
 
     image: Path
@@ -35,6 +40,10 @@ class Sample:
     site: str
     slice: str = ""
     spacing: tuple[float, float] | None = None
+    axis: str = ""
+    series: str = ""
+    frame: str = ""
+    intensity: str = ""
 
 
 @dataclass(frozen=True)
@@ -167,9 +176,11 @@ def _parse_row(row: Mapping[str, str], *, root: Path, default_site: str) -> tupl
             f"spacing is {row['spacing']!r}. Write millimetres per pixel as 0.7 or 0.7x0.8 (row x column), or nothing."
         )
         spacing = None
+    address = {name: row.get(name, "") for name in ("slice", "axis", "series", "frame", "intensity")}
+    problems += _address_problems(address)
     sample = Sample(
         image=root / row["image"], mask=root / row["mask"], patient=row["patient"], split=split, site=site,
-        slice=row.get("slice", ""), spacing=spacing,
+        spacing=spacing, **address,
     )  # fmt: skip
     return problems, sample
 
@@ -180,9 +191,20 @@ def _path_problems(row: Mapping[str, str], *, root: Path) -> Iterator[str]:
         # Symbolic links inside the folder are the site's own business, so paths are judged as written.
         if PurePosixPath(text).is_absolute() or PureWindowsPath(text).drive or ".." in PurePosixPath(text).parts:
             yield f"the {column} {text} leaves the data folder. Paths are relative to the manifest and hold no '..'."
-        elif not (root / text).is_file():
+        elif not (root / text).is_file() and not (column == "image" and row.get("axis") and (root / text).is_dir()):
             hint = " Write / between folders, not \\." if "\\" in text else ""
             yield f"the {column} {text} does not exist.{hint}"
+
+
+def _address_problems(address: Mapping[str, str]) -> Iterator[str]:
+    if address["axis"] and address["axis"] not in AXES:
+        yield f"axis is {address['axis']!r}. Allowed are {', '.join(AXES)}, or nothing for a picture."
+    if address["axis"] and not address["slice"].isdecimal():
+        yield f"slice is {address['slice']!r}. With an axis it is the number of the slice, from 0."
+    try:
+        IntensityRule.parse(address["intensity"])
+    except ManifestError as error:
+        yield str(error)
 
 
 def _site_problems(site: str) -> Iterator[str]:
@@ -202,10 +224,12 @@ def _parse_spacing(text: str) -> tuple[float, float] | None:
 
 def _contradictions(samples: Sequence[Sample], *, root: Path) -> list[str]:
     splits: dict[tuple[str, str], set[str]] = {}
-    counts: dict[Path, int] = {}
+    counts: dict[tuple[Path, str], int] = {}
     for sample in samples:
         splits.setdefault((sample.site, sample.patient), set()).add(sample.split)
-        counts[sample.image] = counts.get(sample.image, 0) + 1
+        # A slice of a volume is an image of its own.
+        where = f", {sample.axis} slice {sample.slice} {sample.frame} {sample.series}".rstrip() if sample.axis else ""
+        counts[sample.image, where] = counts.get((sample.image, where), 0) + 1
     divided = [
         f"patient {patient} of site {site} is in the splits {', '.join(name for name in SPLITS if name in found)}. "
         "Put all images of a patient into one split, or results would be too good to be true."
@@ -213,8 +237,8 @@ def _contradictions(samples: Sequence[Sample], *, root: Path) -> list[str]:
         if len(found) > 1
     ]
     doubled = [
-        f"the image {image.relative_to(root)} is listed {count} times. Keep one line."
-        for image, count in counts.items()
+        f"the image {image.relative_to(root)}{where} is listed {count} times. Keep one line."
+        for (image, where), count in counts.items()
         if count > 1 and image.is_relative_to(root)
     ]
     return divided + doubled

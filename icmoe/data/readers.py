@@ -4,6 +4,7 @@ Pillow reads everything but colour with 16 bits a channel, of which it keeps 8. 
 such a PNG the other 8 bits are fetched in a second pass.
 """
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -129,9 +130,12 @@ def _describe_unknown(values: Sequence[int], *, classes: Sequence[int], ignore: 
 def _opened(path: Path) -> Iterator[ImageFile.ImageFile]:
     """Open an image for reading and give every failure, also of the reading itself, a message for users."""
     try:
-        with Image.open(path) as image:
-            _refuse_unclear(path, image)
-            yield image
+        with warnings.catch_warnings():
+            # Of damaged metadata, which nothing here uses.
+            warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
+            with Image.open(path) as image:
+                _refuse_unclear(path, image)
+                yield image
     except FileNotFoundError as error:
         raise DataError(f"{path} does not exist. Correct the manifest or bring the file back.") from error
     except UnidentifiedImageError as error:

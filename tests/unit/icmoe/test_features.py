@@ -24,10 +24,10 @@ from icmoe.data.features import (
     FeatureSpec,
     default_cache_dir,
     encode_samples,
-    image_digest,
     open_cache,
 )
 from icmoe.data.manifest import Sample
+from icmoe.data.sources import image_digest
 from icmoe.data.transforms import PixelNorm, apply_view, fit_to_square
 from icmoe.errors import ConfigError, DataError, RunError
 
@@ -108,7 +108,7 @@ def temporary_files(cache: FeatureCache) -> list[Path]:
 def test_an_entry_holds_what_the_backbone_says_of_that_view(samples: list[Sample], cache: FeatureCache) -> None:
     backbone = TinyBackbone()
     encode(samples, cache, backbone=backbone, views=("identity", "hflip", "affine0"))
-    digest = image_digest(samples[1].image)
+    digest = image_digest(samples[1])
     pixels = np.asarray(Image.open(samples[1].image)).astype(np.float32)
     for view in ("identity", "hflip", "affine0"):
         embeddings, detail = cache.load(spec_of(backbone).key(digest, view))
@@ -141,7 +141,7 @@ def test_the_rest_of_an_interrupted_run_gets_the_same_bits(tmp_path: Path, sampl
     encode(samples[:1], parts)
     encode(samples, parts)
     for sample in samples:
-        key = spec_of(TinyBackbone()).key(image_digest(sample.image), "identity")
+        key = spec_of(TinyBackbone()).key(image_digest(sample), "identity")
         assert whole.path(key).read_bytes() == parts.path(key).read_bytes()
 
 
@@ -189,7 +189,7 @@ def test_a_folder_that_cannot_be_made_is_explained(tmp_path: Path) -> None:
 @pytest.mark.parametrize("damage", [b"", b"\0" * 100, None], ids=["empty", "zeros", "truncated"])
 def test_damaged_entries_are_computed_again(samples: list[Sample], cache: FeatureCache, damage: bytes | None) -> None:
     encode(samples, cache)
-    key = spec_of(TinyBackbone()).key(image_digest(samples[0].image), "identity")
+    key = spec_of(TinyBackbone()).key(image_digest(samples[0]), "identity")
     good = cache.path(key).read_bytes()
     cache.path(key).write_bytes(good[:-1] if damage is None else damage)
     with pytest.raises(DataError, match=r"missing or damaged.*Start again"):
