@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 from icmoe import __version__
+from icmoe.data_commands import data_app
 from icmoe.errors import EXIT_FAULT, EXIT_INTERRUPTED, ConfigError, IcmoeError, RunError
 
 REFERENCES = ("local", "pooled")
@@ -27,6 +28,7 @@ app = typer.Typer(
 )
 cache_app = typer.Typer(no_args_is_help=True, help="The cache of frozen features (folder: $ICMOE_CACHE_DIR).")
 app.add_typer(cache_app, name="cache")
+app.add_typer(data_app, name="data")
 console = Console(stderr=True)
 
 

@@ -10,7 +10,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,7 @@ DEFAULT_LIMIT_GB = 20.0
 STALE_SECONDS = 3600.0
 
 _ENTRIES = f"[0-9a-f][0-9a-f]/{'?' * 64}.safetensors"  # so that purge removes nothing of anybody else
+_IMAGE = "image_sha256"
 _TEMPORARY = "[0-9a-f][0-9a-f]/*.icmoe-tmp"
 
 _logger = logging.getLogger(__name__)
@@ -90,18 +91,20 @@ class FeatureCache:
                 "Start again: what is missing is computed anew."
             ) from error
 
-    def store(self, key: str, *, embeddings: Tensor, detail: Tensor) -> None:
+    def store(self, key: str, *, image_digest: str, embeddings: Tensor, detail: Tensor) -> None:
         """Write an entry: complete or not at all.
 
         Args:
             key: its name.
+            image_digest: of the image it is made of, so that a withdrawn patient's entries are found.
             embeddings: (256, h, w) float16.
             detail: (3, D, D) uint8.
 
         Raises:
             OSError: if it cannot be written; nothing is left behind.
         """
-        content = save({"embeddings": embeddings.contiguous(), "detail": detail.contiguous()})
+        tensors = {"embeddings": embeddings.contiguous(), "detail": detail.contiguous()}
+        content = save(tensors, metadata={_IMAGE: image_digest})
         try:
             self._write(self.path(key), content)
         except FileNotFoundError:
@@ -119,6 +122,20 @@ class FeatureCache:
             for path, size in self._files(pattern):
                 path.unlink(missing_ok=True)
                 removed += [size] if pattern == _ENTRIES else []
+        return self._describe(removed)
+
+    def remove_images(self, digests: Collection[str]) -> CacheInfo:
+        """Remove all entries of images, in whatever view and for whatever backbone, and say what went."""
+        removed = []
+        for path, size in self._files(_ENTRIES):
+            try:
+                with safe_open(path, framework="pt") as file:
+                    digest = (file.metadata() or {}).get(_IMAGE)
+            except (OSError, SafetensorError):
+                continue
+            if digest in digests:
+                path.unlink(missing_ok=True)
+                removed.append(size)
         return self._describe(removed)
 
     def remove_stale(self) -> None:

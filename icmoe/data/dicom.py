@@ -29,6 +29,9 @@ MAX_PIXELS = 2**31
 POSITION_TOLERANCE = 0.01
 """Millimetres between a segmentation's frame and the image it names."""
 
+NOT_IMAGES = ("SEG", "RTSTRUCT", "RTPLAN", "RTDOSE", "SR", "PR", "KO", "REG", "DOC")
+"""Modalities of objects about images."""
+
 _HEADER_TAGS = [
     "SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID", "PatientID", "Modality", "Rows",
     "SeriesDescription", "NumberOfFrames", "ImageOrientationPatient", "BurnedInAnnotation",
@@ -50,6 +53,7 @@ class Series:
         description: as the scanner wrote it.
         patient: PatientID.
         files: in path order, which means nothing.
+        instances: SOPInstanceUID of each file.
     """
 
     uid: str
@@ -57,6 +61,7 @@ class Series:
     description: str
     patient: str
     files: tuple[Path, ...]
+    instances: tuple[str, ...] = ()
 
 
 @contextmanager
@@ -107,6 +112,7 @@ def list_series(folder: Path) -> tuple[Series, ...]:
             description=str(members[0][1].get("SeriesDescription", "")),
             patient=str(members[0][1].get("PatientID", "")),
             files=tuple(path for path, _ in members),
+            instances=tuple(str(header.SOPInstanceUID) for _, header in members),
         )
         for uid, members in groups.items()
     )
@@ -122,13 +128,28 @@ def read_header(path: Path) -> pydicom.Dataset:
         return pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(_HEADER_TAGS))
 
 
+def referenced_instances(path: Path) -> list[str]:
+    """SOP instance UIDs of the images that a segmentation names, without reading its pixels.
+
+    Raises:
+        DataError: if it cannot be read.
+    """
+    with refusing(path):
+        dataset = pydicom.dcmread(path, stop_before_pixels=True)
+        return [
+            str(instance.ReferencedSOPInstanceUID)
+            for series in dataset.get("ReferencedSeriesSequence", [])
+            for instance in series.get("ReferencedInstanceSequence", [])
+        ]
+
+
 def find_series(folder: Path, uid: str) -> Series:
     """The series of a folder with this UID; with an empty one, its only image series.
 
     Raises:
         DataError: if there is none, or several and none was named.
     """
-    images = [series for series in list_series(folder) if series.modality not in ("SEG", "RTSTRUCT", "SR", "PR")]
+    images = [series for series in list_series(folder) if series.modality not in NOT_IMAGES]
     chosen = [series for series in images if uid in ("", series.uid)]
     if len(chosen) == 1:
         return chosen[0]

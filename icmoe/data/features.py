@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Literal, Protocol, Self
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -29,6 +31,8 @@ __all__ = [
     "FeatureSpec",
     "Precision",
     "default_cache_dir",
+    "draw_squares",
+    "embed",
     "encode_samples",
     "open_cache",
 ]
@@ -36,7 +40,7 @@ __all__ = [
 Precision = Literal["fp32", "bf16"]
 
 EMBEDDING_CHANNELS = 256
-_HEADER_BYTES = 256  # safetensors' own header, rounded up
+_HEADER_BYTES = 512  # safetensors' own header, rounded up
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 _logger = logging.getLogger(__name__)
@@ -241,33 +245,50 @@ def _require_room(jobs: Sequence[_Job], *, spec: FeatureSpec, cache: FeatureCach
 def _encode_batch(
     backbone: Encoder, batch: Sequence[_Job], *, spec: FeatureSpec, cache: FeatureCache, batch_size: int, num_left: int
 ) -> None:
-    images, details = zip(*(_prepare(job, spec=spec) for job in batch), strict=True)
-    # The last pass is filled up: convolutions may round differently for another number of images.
-    stacked = torch.stack([*images, *[images[-1]] * (batch_size - len(batch))])
-    device = next(iter(backbone.parameters())).device
-    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=spec.precision == "bf16"):
-        embeddings = backbone(stacked.to(device)).to("cpu", torch.float16)
-    for job, one, detail in zip(batch, embeddings, details, strict=False):
+    squares = (draw_squares(load_pixels(j.sample), spec=spec, view=j.view, seed_text=j.image_digest) for j in batch)
+    images, details = zip(*squares, strict=True)
+    embeddings = embed(backbone, images, precision=spec.precision, batch_size=batch_size)
+    for job, one, detail in zip(batch, embeddings, details, strict=True):
         if not torch.isfinite(one).all():
             raise DataError(
                 f"the backbone's features of {job.sample.image} are not finite in half precision. "
                 "Look at the image: an empty or broken one is the usual cause."
             )
         try:
-            cache.store(job.key, embeddings=one, detail=detail)
+            cache.store(job.key, image_digest=job.image_digest, embeddings=one, detail=detail)
         except OSError as error:
             if error.errno in _FULL_DISK:
                 raise _full_disk(num_left * spec.entry_bytes, cache=cache) from error
             raise RunError(f"cannot write to the feature cache {cache.root}: {error.strerror}.") from error
 
 
-def _prepare(job: _Job, *, spec: FeatureSpec) -> tuple[Tensor, Tensor]:
-    """Return the backbone's image (3, S, S) and the detail image (3, D, D) uint8, both in the job's view."""
-    pixels = load_pixels(job.sample)
+def draw_squares(
+    pixels: npt.NDArray[np.float32], *, spec: FeatureSpec, view: str = "identity", seed_text: str = ""
+) -> tuple[Tensor, Tensor]:
+    """Draw an image as backbone and experts see it; training and prediction both come through here.
+
+    Args:
+        pixels: (H, W, 3), as ``load_pixels`` gives them.
+        spec: sizes and normalisation.
+        view: see ``transforms.apply_view``.
+        seed_text: names the image, for views that are drawn at random.
+
+    Returns:
+        The backbone's image (3, S, S) and the detail image (3, D, D) uint8.
+    """
     image = fit_to_square(pixels, spec.image_size, pixel_norm=spec.pixel_norm)
     detail = fit_to_square(pixels, spec.detail_size, pixel_norm="minmax")
-    image, detail = (apply_view(square, job.view, seed_text=job.image_digest) for square in (image, detail))
+    image, detail = (apply_view(square, view, seed_text=seed_text) for square in (image, detail))
     return image, (detail * 255).round().to(torch.uint8)
+
+
+def embed(backbone: Encoder, images: Sequence[Tensor], *, precision: Precision, batch_size: int) -> Tensor:
+    """Encode n <= ``batch_size`` squares (3, S, S) in one pass; (n, 256, h, w) float16, on the CPU."""
+    # The pass is filled up: convolutions may round differently for another number of images.
+    stacked = torch.stack([*images, *[images[-1]] * (batch_size - len(images))])
+    device = next(iter(backbone.parameters())).device
+    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        return backbone(stacked.to(device)).to("cpu", torch.float16)[: len(images)]
 
 
 def _full_disk(needed: int, *, cache: FeatureCache) -> RunError:

@@ -169,7 +169,7 @@ def test_bf16_runs_under_autocast(samples: list[Sample], cache: FeatureCache) ->
 def test_the_folder_is_private_and_foreign_modes_are_only_reported(
     tmp_path: Path, cache: FeatureCache, caplog: pytest.LogCaptureFixture
 ) -> None:
-    cache.store(KEY, **entry())
+    cache.store(KEY, image_digest="d", **entry())
     for path, mode in ((cache.root, 0o700), (cache.root / "ab", 0o700), (cache.path(KEY), 0o600)):
         assert stat.S_IMODE(path.stat().st_mode) == mode
     (tmp_path / "open").mkdir()
@@ -199,7 +199,7 @@ def test_damaged_entries_are_computed_again(samples: list[Sample], cache: Featur
 
 
 def test_info_and_purge_touch_nothing_but_entries(cache: FeatureCache) -> None:
-    cache.store(KEY, **entry())
+    cache.store(KEY, image_digest="d", **entry())
     foreign = cache.root / "notes.txt"
     foreign.touch()
     (cache.root / "ab" / "x.icmoe-tmp").touch()
@@ -210,12 +210,12 @@ def test_info_and_purge_touch_nothing_but_entries(cache: FeatureCache) -> None:
     assert cache.info().entries == 0
     assert temporary_files(cache) == []
     assert foreign.exists()
-    cache.store(KEY, **entry())
+    cache.store(KEY, image_digest="d", **entry())
     assert KEY in cache
 
 
 def test_old_temporary_files_go_and_young_ones_stay(samples: list[Sample], cache: FeatureCache) -> None:
-    cache.store(KEY, **entry())
+    cache.store(KEY, image_digest="d", **entry())
     old, young = cache.root / "ab" / "old.icmoe-tmp", cache.root / "ab" / "young.icmoe-tmp"
     old.touch()
     young.touch()
@@ -319,7 +319,7 @@ embeddings = torch.ones(256, 128, 128, dtype=torch.float16)
 detail = torch.ones(3, 16, 16, dtype=torch.uint8)
 number = 0
 while True:
-    cache.store("ab" + f"{number % 8:062d}", embeddings=embeddings, detail=detail)
+    cache.store("ab" + f"{number % 8:062d}", image_digest="d", embeddings=embeddings, detail=detail)
     number += 1
     print(number, flush=True)
 """

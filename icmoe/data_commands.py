@@ -1,0 +1,147 @@
+"""``icmoe-fl data``: bring a hospital's files into a form that training can use, and take patients out again."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from icmoe.errors import ConfigError
+
+data_app = typer.Typer(no_args_is_help=True, help="A site's images: import, check, remove.")
+console = Console(stderr=True)
+_Name = TypeVar("_Name", bound=str)
+
+
+@data_app.command("import")
+def import_data(
+    source: Annotated[Path, typer.Argument(help="Folder with images and labels.")],
+    out: Annotated[Path, typer.Option(help="Folder for manifest.csv. Images stay where they are.")],
+    labels: Annotated[
+        str, typer.Option(help="seg: DICOM series with SEG objects; nifti: NIfTI pairs; mask: pictures with masks.")
+    ],
+    site: Annotated[str, typer.Option(help="Name of this hospital in the manifest.")] = "site",
+    axis: Annotated[
+        str, typer.Option(help="Slices of volumes: axial, coronal or sagittal. Default: the plane of acquisition.")
+    ] = "",
+    intensity: Annotated[
+        str, typer.Option(help="stored, window:LOW:HIGH or percentile:LOW:HIGH. Default: by modality.")
+    ] = "",
+    label_pattern: Annotated[
+        str,
+        typer.Option(help="Label of an image, such as '../labels/{name}.nii.gz'; for seg a name such as 'liver*.dcm'."),
+    ] = "",
+    patient_pattern: Annotated[
+        str, typer.Option(help="Regular expression over an image's path; its first group is the patient.")
+    ] = "",
+    split: Annotated[str, typer.Option(help="Shares of patients in train, val and test.")] = "0.7,0.15,0.15",
+    seed: Annotated[int, typer.Option(help="Of the split.")] = 0,
+    secret: Annotated[
+        Path | None, typer.Option(help="File with the site's secret for pseudonyms; made where missing.")
+    ] = None,
+    write_labels: Annotated[
+        bool, typer.Option("--write-labels", help="Also write labels of volumes as NIfTI files into --out.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
+) -> None:
+    """Write a manifest for a folder of images and labels.
+
+    Volumes stay where they are and become slices by address. Patient ids become pseudonyms under a secret that stays
+    at the site. All images of a patient go into one split.
+
+    Example: icmoe-fl data import /archive/liver --out data/liver --labels seg --site hospitalA
+    """
+    from icmoe.data.importing import ImportRequest, import_folder
+    from icmoe.data.pairing import LABEL_KINDS
+    from icmoe.data.pseudonyms import default_secret_path, load_secret
+    from icmoe.types import AXES
+
+    if labels == "rtstruct":
+        raise ConfigError(
+            "--labels rtstruct is not read here: no well-kept library rasterises contours. Convert them to SEG in "
+            "the tool that drew them (3D Slicer does it without loss of geometry), then use --labels seg."
+        )
+    kind = _one_of(labels, LABEL_KINDS, option="--labels")
+    request = ImportRequest(
+        source=source,
+        out=out,
+        labels=kind,
+        site=site,
+        secret=load_secret(secret or default_secret_path()),
+        axis=_one_of(axis, AXES, option="--axis") if axis else None,
+        intensity=intensity,
+        patient_pattern=patient_pattern,
+        label_pattern=label_pattern,
+        fractions=_fractions(split),
+        seed=seed,
+        write_labels=write_labels,
+    )
+    with Progress(console=console) as progress:
+        bar = progress.add_task("Reading images and labels", total=None)
+        report = import_folder(request, lambda done, total: progress.update(bar, completed=done, total=total))
+    if as_json:
+        typer.echo(json.dumps(asdict(report)))
+        return
+    table = Table(title=f"{out / 'manifest.csv'}: {report.num_images} images")
+    for name in ("split", "patients"):
+        table.add_column(name)
+    for name, patients in report.patients.items():
+        table.add_row(name, str(len(patients)))
+    Console().print(table)
+    if report.values:
+        values = ", ".join(f"{value}: {count}" for value, count in sorted(report.values.items()))
+        typer.echo(f"Voxels by label value: {values}. The run config's task.classes names those to segment.")
+    for name, reason in report.skipped.items():
+        typer.echo(f"left out {name}: {reason}")
+    typer.echo(f"Next: icmoe-fl data check {out}")
+
+
+@data_app.command("remove")
+def remove_patient(
+    folder: Annotated[Path, typer.Argument(help="Folder with manifest.csv.")],
+    patient: Annotated[str, typer.Option(help="As the manifest names them, or the hospital's own id.")],
+    secret: Annotated[Path | None, typer.Option(help="File with the site's secret for pseudonyms.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
+) -> None:
+    """Withdraw a patient: out of the manifest, out of the feature cache, noted in withdrawals.jsonl.
+
+    What earlier rounds learnt from them stays in the model; leave that to the study's protocol.
+    """
+    from icmoe.data.cache import open_cache
+    from icmoe.data.manifest import load_manifest
+    from icmoe.data.pseudonyms import default_secret_path, load_secret, pseudonym
+    from icmoe.data.withdrawal import withdraw
+
+    names = {sample.patient for sample in load_manifest(folder).samples}
+    path = secret or default_secret_path()
+    if patient not in names and path.exists():
+        patient = pseudonym(patient, secret=load_secret(path))
+    note = withdraw(folder, patient, cache=open_cache())
+    if as_json:
+        typer.echo(json.dumps(asdict(note)))
+        return
+    typer.echo(f"Removed patient {note.patient}: {note.images} images, {note.cache_entries} cached features.")
+    if note.unread:
+        typer.echo(
+            f"{note.unread} image files were gone already; run 'icmoe-fl cache purge' to be sure of their features."
+        )
+    typer.echo(f"Next: icmoe-fl data check {folder}, because the manifest has changed.")
+
+
+def _one_of(value: str, allowed: tuple[_Name, ...], *, option: str) -> _Name:
+    for name in allowed:
+        if value == name:
+            return name
+    raise ConfigError(f"{option} takes {', '.join(allowed)}; got {value!r}.")
+
+
+def _fractions(text: str) -> tuple[float, float, float]:
+    try:
+        train, val, test = (float(part) for part in text.split(","))
+    except ValueError as error:
+        raise ConfigError(f"--split takes three shares such as 0.7,0.15,0.15; got {text!r}.") from error
+    return train, val, test
