@@ -15,6 +15,7 @@ from rich.console import Console
 from icmoe import __version__
 from icmoe.data_commands import data_app
 from icmoe.errors import EXIT_FAULT, EXIT_INTERRUPTED, ConfigError, IcmoeError, RunError
+from icmoe.evaluate_command import evaluate
 
 REFERENCES = ("local", "pooled")
 
@@ -86,6 +87,9 @@ def simulate(
         results = simulate_seeds(request, _seed_list(seeds), watcher) if seeds else run_simulation(request, watcher)
     print_results(Console(), results)
     typer.echo(f"Report: {folder / 'report.html'}")
+
+
+app.command()(evaluate)
 
 
 @app.command()

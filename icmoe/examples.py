@@ -35,15 +35,20 @@ def write_examples(run_dir: Path, bench: Workbench, sites: Sequence[Site]) -> No
         here = Workbench(site, bench.run, bench.backbone, bench.model, bench.device)
         if not here.select("test"):
             continue
-        _load_best(run_dir, here)
+        load_best(run_dir, here)
         data = here.dataset("test")
         for index in _typical_and_worst(here, data)[:per_site]:
-            _write_example(folder / f"{number:02d}.npz", here, data, index)
+            write_example(folder / f"{number:02d}.npz", here, data, index)
             number += 1
 
 
-def _load_best(run_dir: Path, bench: Workbench) -> None:
-    best = load_checkpoint(run_dir / "best")
+def load_best(run_dir: Path, bench: Workbench, *, checkpoint: str = "best") -> None:
+    """Load a run's checkpoint into a workbench, with what the site kept to itself.
+
+    Raises:
+        CheckpointError: if it is missing or damaged.
+    """
+    best = load_checkpoint(run_dir / checkpoint)
     load_arrays(bench.model, best.arrays)
     local = bench.latest_local_file(best.server_round)
     if local is not None:
@@ -55,7 +60,7 @@ def _typical_and_worst(bench: Workbench, data: SegmentationDataset) -> list[int]
     dice = []
     for index in range(len(data)):
         score = score_image(
-            _predict_one(bench, data, index)[0],
+            predict_one(bench, data, index)[0],
             data.original_labels(index),
             num_classes=bench.run.task.num_classes,
         ).mean_dice
@@ -65,7 +70,7 @@ def _typical_and_worst(bench: Workbench, data: SegmentationDataset) -> list[int]
     return list(dict.fromkeys((ranked[len(ranked) // 2], ranked[0])))
 
 
-def _predict_one(bench: Workbench, data: SegmentationDataset, index: int) -> tuple[np.ndarray, np.ndarray]:
+def predict_one(bench: Workbench, data: SegmentationDataset, index: int) -> tuple[np.ndarray, np.ndarray]:
     """Label map and index of the winning expert, both (H, W) uint8."""
     probabilities, votes = predict(
         bench.model, bench.backbone.decoder, [data.load(index, "identity")], precision=bench.run.train.precision
@@ -75,8 +80,9 @@ def _predict_one(bench: Workbench, data: SegmentationDataset, index: int) -> tup
     return labels.numpy().astype(np.uint8), winner.numpy().astype(np.uint8)
 
 
-def _write_example(path: Path, bench: Workbench, data: SegmentationDataset, index: int) -> None:
-    prediction, winner = _predict_one(bench, data, index)
+def write_example(path: Path, bench: Workbench, data: SegmentationDataset, index: int) -> None:
+    """Write one image with its truth, prediction and winning experts, as ``icmoe.report.pictures`` reads it."""
+    prediction, winner = predict_one(bench, data, index)
     truth = data.original_labels(index)
     pixels = load_pixels(data.samples[index])
     low, high = float(pixels.min()), float(pixels.max())

@@ -11,7 +11,7 @@ from statistics import fmean
 import numpy as np
 import numpy.typing as npt
 import torch
-from monai.metrics import compute_dice, compute_hausdorff_distance
+from monai.metrics import compute_dice, compute_hausdorff_distance, compute_surface_dice
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -65,6 +65,40 @@ def score_image(
         dice=[value if here else None for value, here in zip(dice, present, strict=True)],
         hd95=_hd95(predicted, expected, present, spacing) if with_hd95 else None,
     )
+
+
+def surface_dice(
+    prediction: Labels,
+    truth: Labels,
+    *,
+    num_classes: int,
+    tolerance: float,
+    spacing: tuple[float, float] | None = None,
+) -> list[float | None]:
+    """Share of both outlines that lie within a tolerance of each other, per foreground class.
+
+    Args:
+        prediction: (H, W) class ids.
+        truth: (H, W) class ids with ``IGNORE_INDEX``; ignored pixels are background in both.
+        num_classes: K.
+        tolerance: in mm where ``spacing`` is known, else in pixels.
+        spacing: mm per pixel (row, column).
+
+    Returns:
+        Per class; ``None`` where it is absent from the truth, 0 where it was not predicted.
+    """
+    ignored = truth == IGNORE_INDEX
+    predicted = _one_hot(np.where(ignored, 0, prediction), num_classes)
+    expected = _one_hot(np.where(ignored, 0, truth), num_classes)
+    with warnings.catch_warnings():
+        # MONAI's own code calls its deprecated option, and warns of absent classes, which are told apart here.
+        warnings.simplefilter("ignore")
+        values = compute_surface_dice(
+            predicted, expected, [tolerance] * (num_classes - 1), spacing=spacing or (1.0, 1.0)
+        )[0].tolist()
+    present = expected[0, 1:].flatten(1).any(dim=1).tolist()
+    # NaN: neither outline has a pixel, which for a present class means that all of it lies outside the picture.
+    return [(0.0 if value != value else value) if here else None for value, here in zip(values, present, strict=True)]
 
 
 def mean_or_none(values: Sequence[float | None]) -> float | None:

@@ -58,11 +58,16 @@ def _write_page(run: Run | SeedsRun) -> Path:
     if isinstance(run, SeedsRun):
         for seed_run in run.runs.values():
             _write_page(seed_run)
-        return _replace_text(run.directory / "report.html", _render("seeds.html.j2", _seeds_view(run)))
-    return _replace_text(run.directory / "report.html", _render("run.html.j2", _run_view(run)))
+        return replace_text(run.directory / "report.html", render("seeds.html.j2", _seeds_view(run)))
+    return replace_text(run.directory / "report.html", render("run.html.j2", _run_view(run)))
 
 
-def _replace_text(path: Path, text: str) -> Path:
+def replace_text(path: Path, text: str) -> Path:
+    """Write a page, complete or not at all.
+
+    Raises:
+        RunError: if it cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.write_text(text, encoding="utf-8")
@@ -76,7 +81,8 @@ def _replace_text(path: Path, text: str) -> Path:
     return path
 
 
-def _render(template: str, view: Mapping[str, Any]) -> str:
+def render(template: str, view: Mapping[str, Any]) -> str:
+    """Fill a template; every value is escaped."""
     environment = Environment(
         loader=PackageLoader("icmoe.report"),
         autoescape=True,

@@ -1,0 +1,99 @@
+"""``icmoe-fl evaluate``: how good is a checkpoint, how sure are we, and where does it fail."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import Progress, TaskID
+from rich.table import Table
+
+from icmoe.errors import ConfigError
+
+
+def evaluate(
+    run_dir: Annotated[Path, typer.Argument(help="Run directory of the model.")],
+    data: Annotated[Path, typer.Option(help="Folder with manifest.csv.")],
+    out: Annotated[Path | None, typer.Option(help="Default: RUN_DIR/evaluation.")] = None,
+    split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
+    checkpoint: Annotated[str, typer.Option(help="best, or a round such as round_003.")] = "best",
+    against: Annotated[Path | None, typer.Option(help="Run directory of a model to compare with, in pairs.")] = None,
+    against_checkpoint: Annotated[str, typer.Option(help="Of that run.")] = "best",
+    tolerance: Annotated[
+        float, typer.Option(min=0.0, help="Of the surface Dice; mm where the spacing is known.")
+    ] = 2.0,
+    backbone_checkpoint: Annotated[
+        Path | None, typer.Option(help="File with pretrained weights, for sam_vit_* and medsam_vit_b.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
+) -> None:
+    """Score a checkpoint: Dice, HD95, surface Dice and volume error per class, patient and site, with 95 % intervals.
+
+    Writes cases.csv (one line per image and class), evaluation.json and evaluation.html, which shows the worst images.
+
+    Example: icmoe-fl evaluate runs/cardiac --data ../shared/data/cardiac_mri --against runs/other
+    """
+    from icmoe.evaluation import EvaluationRequest, evaluate_run
+    from icmoe.report.evaluation_page import write_evaluation_page
+    from icmoe.types import SPLITS
+
+    chosen = next((name for name in SPLITS if name == split), None)
+    if chosen is None:
+        raise ConfigError(f"--split takes {', '.join(SPLITS)}; got {split!r}.")
+    folder = out or run_dir / "evaluation"
+    folder.mkdir(parents=True, exist_ok=True)
+    request = EvaluationRequest(
+        run_dir=run_dir,
+        data=data,
+        out=folder,
+        split=chosen,
+        checkpoint=_checkpoint(checkpoint),
+        against=against,
+        against_checkpoint=_checkpoint(against_checkpoint),
+        tolerance=tolerance,
+        backbone_checkpoint=backbone_checkpoint,
+    )
+    with Progress(console=Console(stderr=True)) as progress:
+        bars: dict[str, TaskID] = {}
+
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in bars:
+                bars[stage] = progress.add_task(stage)
+            progress.update(bars[stage], completed=done, total=total)
+
+        result = evaluate_run(request, show)
+    page = write_evaluation_page(folder, run_dir, result)
+    if as_json:
+        typer.echo(json.dumps(result))
+        return
+    _print(result)
+    typer.echo(f"Page: {page}")
+
+
+def _checkpoint(text: str) -> str:
+    return text if text == "best" else f"checkpoints/{text}"
+
+
+def _print(result: dict[str, Any]) -> None:
+    table = Table(title="mean over images, with 95 % intervals over patients")
+    for name in ("", "patients", "Dice", f"HD95 ({result['unit']})", "surface Dice"):
+        table.add_column(name, justify="right" if name else "left")
+    for group in ("sites", "classes"):
+        for name, row in result[group].items():
+            table.add_row(name, str(row["num_patients"]), *(_cell(row[m]) for m in ("dice", "hd95", "surface_dice")))
+        table.add_section()
+    Console().print(table)
+    if against := result.get("against"):
+        p_value = "too few patients for a test" if against["p_value"] is None else f"p = {against['p_value']:.2g}"
+        low, high = against["ci95"]
+        typer.echo(
+            f"Against {against['run']}: {against['difference']:+.4f} Dice ({low:+.4f} to {high:+.4f}), {p_value}."
+        )
+
+
+def _cell(value: dict[str, Any] | None) -> str:
+    if value is None:
+        return "-"
+    low, high = value["ci95"]
+    return f"{value['mean']:.3f} ({low:.3f}-{high:.3f})"
