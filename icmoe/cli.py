@@ -13,9 +13,10 @@ import typer
 from rich.console import Console
 
 from icmoe import __version__
-from icmoe.data_commands import data_app
+from icmoe.commands.data import data_app
+from icmoe.commands.evaluate import evaluate
+from icmoe.commands.predict import predict
 from icmoe.errors import EXIT_FAULT, EXIT_INTERRUPTED, ConfigError, IcmoeError, RunError
-from icmoe.evaluate_command import evaluate
 
 REFERENCES = ("local", "pooled")
 
@@ -90,6 +91,7 @@ def simulate(
 
 
 app.command()(evaluate)
+app.command()(predict)
 
 
 @app.command()

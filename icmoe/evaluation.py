@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from icmoe.checkpoint import write_json
-from icmoe.config import load_run_config
 from icmoe.data.manifest import load_manifest
 from icmoe.errors import DataError
-from icmoe.examples import load_best, predict_one, write_example
+from icmoe.examples import load_weights, predict_one, write_example
 from icmoe.metrics import Labels, score_image, surface_dice
+from icmoe.prediction import load_run
 from icmoe.statistics import bootstrap_means, interval, paired_p_value
 from icmoe.types import IGNORE_INDEX, Split
 from icmoe_client.site import Site
@@ -58,7 +58,7 @@ class EvaluationRequest:
         data: folder with ``manifest.csv``.
         out: folder for ``cases.csv``, ``evaluation.json`` and ``worst/``.
         split: which images.
-        checkpoint: ``best`` or ``checkpoints/round_NNN``.
+        checkpoint: ``best``, ``final`` or ``round_NNN``.
         against: run directory of the model to compare with.
         against_checkpoint: of that run.
         tolerance: of the surface Dice, in mm or pixels.
@@ -160,7 +160,7 @@ def _score(
     request: EvaluationRequest, run_dir: Path, checkpoint: str, progress: Callable[[str, int, int], None]
 ) -> tuple[list[Case], list[Ranked]]:
     """All cases of a split, and the images with the lowest Dice."""
-    run = load_run_config(run_dir / "config.yaml")
+    run, weights = load_run(run_dir, checkpoint)
     manifest = load_manifest(request.data)
     chosen = {name: manifest.select(site=name, split=request.split) for name in manifest.sites}
     total = sum(len(samples) for samples in chosen.values())
@@ -173,7 +173,7 @@ def _score(
         bench = Workbench.prepare(site, run)
         bench.encode(request.split, progress=lambda done, all_: progress("Encoding", done, all_))
         data = bench.dataset(request.split)
-        load_best(run_dir, bench, checkpoint=checkpoint)
+        load_weights(bench, weights)
         for index, sample in enumerate(samples):
             prediction, _ = predict_one(bench, data, index)
             own = score_case(

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file
 
-from icmoe.checkpoint import load_checkpoint
+from icmoe.checkpoint import Checkpoint, load_checkpoint
 from icmoe.data.dataset import SegmentationDataset
 from icmoe.data.sources import load_pixels
 from icmoe.metrics import score_image
@@ -35,22 +35,17 @@ def write_examples(run_dir: Path, bench: Workbench, sites: Sequence[Site]) -> No
         here = Workbench(site, bench.run, bench.backbone, bench.model, bench.device)
         if not here.select("test"):
             continue
-        load_best(run_dir, here)
+        load_weights(here, load_checkpoint(run_dir / "best"))
         data = here.dataset("test")
         for index in _typical_and_worst(here, data)[:per_site]:
             write_example(folder / f"{number:02d}.npz", here, data, index)
             number += 1
 
 
-def load_best(run_dir: Path, bench: Workbench, *, checkpoint: str = "best") -> None:
-    """Load a run's checkpoint into a workbench, with what the site kept to itself.
-
-    Raises:
-        CheckpointError: if it is missing or damaged.
-    """
-    best = load_checkpoint(run_dir / checkpoint)
-    load_arrays(bench.model, best.arrays)
-    local = bench.latest_local_file(best.server_round)
+def load_weights(bench: Workbench, checkpoint: Checkpoint) -> None:
+    """Load a checkpoint into a workbench, with what the site kept to itself until that round."""
+    load_arrays(bench.model, checkpoint.arrays)
+    local = bench.latest_local_file(checkpoint.server_round)
     if local is not None:
         load_arrays(bench.model, load_file(local))
 

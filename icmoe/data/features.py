@@ -267,14 +267,8 @@ def draw_squares(
 ) -> tuple[Tensor, Tensor]:
     """Draw an image as backbone and experts see it; training and prediction both come through here.
 
-    Args:
-        pixels: (H, W, 3), as ``load_pixels`` gives them.
-        spec: sizes and normalisation.
-        view: see ``transforms.apply_view``.
-        seed_text: names the image, for views that are drawn at random.
-
     Returns:
-        The backbone's image (3, S, S) and the detail image (3, D, D) uint8.
+        The backbone's image (3, S, S) and the detail image (3, D, D) uint8; see ``apply_view`` for view and seed text.
     """
     image = fit_to_square(pixels, spec.image_size, pixel_norm=spec.pixel_norm)
     detail = fit_to_square(pixels, spec.detail_size, pixel_norm="minmax")

@@ -82,15 +82,15 @@ def load_manifest(folder: Path, *, default_site: str = "site") -> Manifest:
         ManifestError: if the file is missing or malformed or contradicts itself. One message holds all findings.
     """
     path = folder if folder.suffix.lower() == ".csv" else folder / FILE_NAME
-    rows = _read_rows(path)
+    rows = read_rows(path)
     samples: list[Sample] = []
     findings: list[str] = []
     for line, row in rows:
-        problems, sample = _parse_row(row, root=path.parent, default_site=default_site)
+        problems, sample = parse_row(row, root=path.parent, default_site=default_site)
         findings += [f"line {line}: {problem}" for problem in problems]
         if sample is not None:
             samples.append(sample)
-    findings += _contradictions(samples, root=path.parent)
+    findings += contradictions(samples, root=path.parent)
     if not findings:
         findings = _sites_without_training(samples)
     if findings:
@@ -106,7 +106,12 @@ def list_findings(findings: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def _read_rows(path: Path) -> list[tuple[int, dict[str, str]]]:
+def read_rows(path: Path) -> list[tuple[int, dict[str, str]]]:
+    """Line number and cells of each row.
+
+    Raises:
+        ManifestError: if the file cannot be read as such a table.
+    """
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, strict=True)
@@ -157,7 +162,7 @@ def _as_mapping(header: Sequence[str], values: Sequence[str]) -> dict[str, str]:
     return row
 
 
-def _parse_row(row: Mapping[str, str], *, root: Path, default_site: str) -> tuple[list[str], Sample | None]:
+def parse_row(row: Mapping[str, str], *, root: Path, default_site: str) -> tuple[list[str], Sample | None]:
     """Return what is wrong with a row, and the sample unless it is too broken to look at further."""
     if row[""].strip(","):
         return [f"more values than columns ({row['']!r} is left over). Put quotes around values with a comma."], None
@@ -222,7 +227,8 @@ def _parse_spacing(text: str) -> tuple[float, float] | None:
     return values[0], values[-1]
 
 
-def _contradictions(samples: Sequence[Sample], *, root: Path) -> list[str]:
+def contradictions(samples: Sequence[Sample], *, root: Path) -> list[str]:
+    """Say where lines contradict each other: a patient in two splits, an image listed twice."""
     splits: dict[tuple[str, str], set[str]] = {}
     counts: dict[tuple[Path, str], int] = {}
     for sample in samples:

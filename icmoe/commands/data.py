@@ -10,9 +10,11 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from icmoe.commands.check import check
 from icmoe.errors import ConfigError
 
 data_app = typer.Typer(no_args_is_help=True, help="A site's images: import, check, remove.")
+data_app.command("check")(check)
 console = Console(stderr=True)
 _Name = TypeVar("_Name", bound=str)
 

@@ -17,7 +17,7 @@ def evaluate(
     data: Annotated[Path, typer.Option(help="Folder with manifest.csv.")],
     out: Annotated[Path | None, typer.Option(help="Default: RUN_DIR/evaluation.")] = None,
     split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
-    checkpoint: Annotated[str, typer.Option(help="best, or a round such as round_003.")] = "best",
+    checkpoint: Annotated[str, typer.Option(help="best, final, or a round such as round_003.")] = "best",
     against: Annotated[Path | None, typer.Option(help="Run directory of a model to compare with, in pairs.")] = None,
     against_checkpoint: Annotated[str, typer.Option(help="Of that run.")] = "best",
     tolerance: Annotated[
@@ -48,9 +48,9 @@ def evaluate(
         data=data,
         out=folder,
         split=chosen,
-        checkpoint=_checkpoint(checkpoint),
+        checkpoint=checkpoint,
         against=against,
-        against_checkpoint=_checkpoint(against_checkpoint),
+        against_checkpoint=against_checkpoint,
         tolerance=tolerance,
         backbone_checkpoint=backbone_checkpoint,
     )
@@ -69,10 +69,6 @@ def evaluate(
         return
     _print(result)
     typer.echo(f"Page: {page}")
-
-
-def _checkpoint(text: str) -> str:
-    return text if text == "best" else f"checkpoints/{text}"
 
 
 def _print(result: dict[str, Any]) -> None:
