@@ -65,7 +65,7 @@ export PINS
 
 $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	@$(BIN)/python -c "$$PINS" > '$(ENV)/constraints.txt'
-	$(BIN)/python -m pip install -c '$(ENV)/constraints.txt' -e '.[dev,demo]'
+	$(BIN)/python -m pip install -c '$(ENV)/constraints.txt' -e '.[dev,demo,export]'
 	@echo '$(CURDIR)' > $@
 
 .PHONY: help install demo test lint types imports pytest unit format bench ablation clean

@@ -15,6 +15,7 @@ from rich.console import Console
 from icmoe import __version__
 from icmoe.commands.data import data_app
 from icmoe.commands.evaluate import evaluate
+from icmoe.commands.export import export
 from icmoe.commands.predict import predict
 from icmoe.errors import EXIT_FAULT, EXIT_INTERRUPTED, ConfigError, IcmoeError, RunError
 
@@ -91,6 +92,7 @@ def simulate(
 
 
 app.command()(evaluate)
+app.command()(export)
 app.command()(predict)
 
 

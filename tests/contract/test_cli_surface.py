@@ -39,6 +39,16 @@ SURFACE = {
         "--help",
         "-h",
     },
+    "export": {
+        "RUN_DIR",
+        "--out",
+        "--format",
+        "--checkpoint",
+        "--backbone-checkpoint",
+        "--overwrite",
+        "--help",
+        "-h",
+    },
     "predict": {
         "RUN_DIR",
         "INPUT",

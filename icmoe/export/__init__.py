@@ -1,0 +1,1 @@
+"""A trained model in forms that others run: adapters with a model card, ONNX, a MONAI bundle."""
