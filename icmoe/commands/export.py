@@ -27,8 +27,8 @@ def export(
 
     adapters: adapters.safetensors, config.yaml, README.md (the card) and model_card.json. onnx: model.onnx, from the
     normalised (1, 3, S, S) image to probabilities, compared with torch before it counts. monai: a bundle that
-    'python -m monai.bundle run --config_file configs/inference.json' runs, from input/*.png to output/. ONNX and the bundle hold the backbone too:
-    mind its licence.
+    'python -m monai.bundle run --config_file configs/inference.json' runs, from input/*.png to output/. ONNX and the
+    bundle hold the backbone too: mind its licence.
 
     Example: icmoe-fl export runs/cardiac --out cardiac_model --format adapters,onnx
     """
