@@ -6,6 +6,7 @@ with their rounding, ``training.predict``, ``transforms.restore``. Nothing is wr
 Letters: K classes, E experts, H x W the image's own size.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +80,15 @@ def load_run(run_dir: Path, checkpoint: str) -> tuple[RunConfig, Checkpoint]:
             "Bring back the config that the run was started with."
         )
     return run, found
+
+
+def trained_intensity(run_dir: Path) -> str:
+    """The intensity rule all training images had; empty where they had several, or the run did not note it."""
+    try:
+        rules = json.loads((run_dir / "results.json").read_text(encoding="utf-8")).get("intensity", [])
+    except (OSError, ValueError):
+        return ""
+    return str(rules[0]) if len(rules) == 1 else ""
 
 
 def _checkpoint_folder(run_dir: Path, checkpoint: str) -> Path:

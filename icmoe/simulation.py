@@ -18,6 +18,7 @@ import yaml
 from icmoe.checkpoint import Checkpoint, holds_run, save_checkpoint, write_json, write_text
 from icmoe.config import RunConfig
 from icmoe.cpu_time import CpuMeter
+from icmoe.data.intensity import STORED
 from icmoe.data.manifest import load_manifest
 from icmoe.data.partition import partition_sites
 from icmoe.errors import ConfigError, RunError
@@ -112,7 +113,8 @@ def simulate(request: SimulationRequest, watcher: Watcher) -> dict[str, Any]:
             )
         watcher.stage("Report")
         write_examples(request.out, bench, sites)
-        _add_to_results(request.out, cpu_seconds=meter.seconds())
+        rules = sorted({sample.intensity or STORED for sample in bench.site.samples})
+        _add_to_results(request.out, intensity=rules, cpu_seconds=meter.seconds())
     write_tensorboard(request.out)
     write_report(request.out)
     return read_results(request.out)

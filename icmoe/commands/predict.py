@@ -1,5 +1,6 @@
 """``icmoe-fl predict``: which inputs, in which form, what is done already, what failed."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -47,8 +48,8 @@ def predict(
         str,
         typer.Option(
             metavar="RULE",
-            help="As in training: stored, window:LOW:HIGH or percentile:LOW:HIGH. Default: stored for pictures, "
-            "window:-160:240 for CT series, percentile:0.5:99.5 for other volumes.",
+            help="stored, window:LOW:HIGH or percentile:LOW:HIGH. Default: as in training where the run says so, "
+            "else by modality.",
         ),
     ] = "",
     axis: Annotated[
@@ -71,7 +72,7 @@ def predict(
     """
     from icmoe.data.inputs import find_inputs
     from icmoe.data.manifest import list_findings
-    from icmoe.prediction import Predictor, load_run
+    from icmoe.prediction import Predictor, load_run, trained_intensity
     from icmoe.prediction_writer import Request, Writer
 
     request = Request(
@@ -95,6 +96,7 @@ def predict(
     for item in items:
         request.mask_form(item)
     run, found = load_run(run_dir, checkpoint)
+    request = replace(request, intensity=intensity or trained_intensity(run_dir))
     writer = Writer(out, run, found, request)
     todo = [item for item in items if not writer.is_done(item, overwrite=overwrite)]
     console = Console(stderr=True)
@@ -228,4 +230,6 @@ def _predict_pictures(group: "list[Input]", writer: "Writer", predictor: "Predic
 
 
 def _describe_rule(request: "Request", rule: str) -> str:
-    return f"intensity {rule}" + ("" if request.intensity else " (default: change it with --intensity)")
+    return f"intensity {rule}" + (
+        "" if request.intensity else " (by modality; the run does not say: change it with --intensity)"
+    )

@@ -113,6 +113,7 @@ class TestResults:
             "seconds",
             "cpu_seconds",
             "epsilon",
+            "intensity",
             "reference",
         }
         for scores in (results, *results["reference"].values()):

@@ -34,7 +34,7 @@ from icmoe.errors import BackboneError, CheckpointError, ConfigError, DataError,
 from icmoe.modeling.backbone import Backbone, load_backbone
 from icmoe.modeling.build import build_icmoe
 from icmoe.modeling.decoder import FrozenDecoder
-from icmoe.prediction import BATCH_SIZE, Prediction, Predictor, load_run
+from icmoe.prediction import BATCH_SIZE, Prediction, Predictor, load_run, trained_intensity
 from icmoe.prediction_writer import Request, Writer
 from icmoe.training import dump_arrays, evaluate
 from icmoe_client.workbench import ENCODE_BATCH_SIZE
@@ -319,3 +319,19 @@ def small_disk(num_bytes: int) -> Iterator[None]:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.parametrize(
+    ("content", "rule"),
+    [
+        ('{"intensity": ["window:0:80"]}', "window:0:80"),
+        ('{"intensity": ["stored", "window:0:80"]}', ""),
+        ("{}", ""),
+        ("{", ""),
+        (None, ""),
+    ],
+)
+def test_the_rule_of_training_is_taken_where_there_was_one(tmp_path: Path, content: str | None, rule: str) -> None:
+    if content is not None:
+        (tmp_path / "results.json").write_text(content)
+    assert trained_intensity(tmp_path) == rule
