@@ -34,7 +34,7 @@ def choose(data: Labelled, missed_rows: list[int], monkeypatch: pytest.MonkeyPat
         prediction[2 : 2 + missed_rows[index]] = 0
         return prediction, np.zeros_like(prediction)
 
-    monkeypatch.setattr(examples, "_predict_one", predict)
+    monkeypatch.setattr(examples, "predict_one", predict)
     bench: Any = SimpleNamespace(run=SimpleNamespace(task=SimpleNamespace(num_classes=2)))
     return examples._typical_and_worst(bench, data)  # type: ignore[arg-type]
 
