@@ -80,7 +80,8 @@ def main(
 ) -> None:
     """Train what is missing, then write the table."""
     chosen = [row.strip() for row in rows.split(",")] if rows else list(ROWS)
-    cells = [Cell(row, task, seed) for row in chosen for task, (_, seeds) in TASKS.items() for seed in seeds]
+    # Row by row last: when it is stopped early, whole columns of the table stand.
+    cells = [Cell(row, task, seed) for task, (_, seeds) in TASKS.items() for seed in seeds for row in chosen]
     missing = [cell for cell in cells if not (out / cell.file_name).exists()]
     with Progress() as progress:
         bar = _Bar(progress)
