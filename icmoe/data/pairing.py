@@ -82,6 +82,8 @@ def find_pairs(source: Path, *, labels: LabelKind, patient_pattern: str, label_p
         _pair_files(source, found, labels=labels, label_pattern=label_pattern)
     if patient_pattern:
         found.pairs = list(_with_patients(source, found, patient_of))
+    elif labels != "seg":
+        _refuse_repeated_names(found.pairs)
     if not found.pairs:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(found.skipped.items())[:5])
         raise DataError(f"no image with a label of kind '{labels}' in {source}. {reasons or 'It holds no such file.'}")
@@ -164,6 +166,18 @@ def _candidates(image: Path, name: str, label_pattern: str) -> Iterator[tuple[Pa
         for folder in folders:
             for pattern in LABEL_NAMES:
                 yield from ((folder / (pattern.format(name=base) + ending), base) for ending in endings)
+
+
+def _refuse_repeated_names(pairs: list[Pair]) -> None:
+    """P1/t2.nii.gz and P2/t2.nii.gz are hardly the same patient: the name alone does not tell."""
+    first: dict[str, Path] = {}
+    for pair in pairs:
+        other = first.setdefault(pair.patient, pair.image)
+        if other.parent != pair.image.parent:
+            raise ConfigError(
+                f"{other} and {pair.image} have the same name, so the name does not tell the patient. Say which part of "
+                "the path does with --patient-pattern, such as '([^/]+)/[^/]+$' for the folder."
+            )
 
 
 def _with_patients(source: Path, found: Found, patient_of: re.Pattern[str]) -> Iterator[Pair]:

@@ -130,6 +130,15 @@ class TestPairs:
         with pytest.raises(ConfigError, match=told):
             find_pairs(cases(tmp_path, 1), labels="nifti", **({"patient_pattern": "", "label_pattern": ""} | patterns))
 
+    def test_equal_names_in_two_folders_need_a_pattern(self, tmp_path: Path) -> None:
+        for patient in ("P1", "P2"):
+            nifti(tmp_path / patient / "t2.nii.gz")
+            nifti(tmp_path / patient / "t2_seg.nii.gz", high=2)
+        with pytest.raises(ConfigError, match="--patient-pattern"):
+            find_pairs(tmp_path, labels="nifti", patient_pattern="", label_pattern="")
+        found = find_pairs(tmp_path, labels="nifti", patient_pattern="([^/]+)/[^/]+$", label_pattern="")
+        assert [pair.patient for pair in found.pairs] == ["P1", "P2"]
+
     def test_a_folder_without_pairs_says_what_is_there(self, tmp_path: Path) -> None:
         nifti(tmp_path / "alone.nii")
         with pytest.raises(DataError, match=r"alone\.nii: no label beside it"):
