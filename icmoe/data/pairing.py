@@ -175,7 +175,7 @@ def _refuse_repeated_names(pairs: list[Pair]) -> None:
         other = first.setdefault(pair.patient, pair.image)
         if other.parent != pair.image.parent:
             raise ConfigError(
-                f"{other} and {pair.image} have the same name, so the name does not tell the patient. Say which part of "
+                f"{other} and {pair.image} have the same name, so it does not tell the patient. Say which part of "
                 "the path does with --patient-pattern, such as '([^/]+)/[^/]+$' for the folder."
             )
 
