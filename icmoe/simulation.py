@@ -18,6 +18,8 @@ import yaml
 from icmoe.checkpoint import Checkpoint, holds_run, save_checkpoint, write_json, write_text
 from icmoe.config import RunConfig
 from icmoe.cpu_time import CpuMeter
+from icmoe.data.check_opening import sample_name
+from icmoe.data.checked import load_check, require_checked
 from icmoe.data.intensity import STORED
 from icmoe.data.manifest import load_manifest
 from icmoe.data.partition import partition_sites
@@ -121,11 +123,13 @@ def simulate(request: SimulationRequest, watcher: Watcher) -> dict[str, Any]:
 
 
 def make_sites(request: SimulationRequest) -> tuple[Site, ...]:
-    """Sites of the manifest, or of the simulated partition.
+    """Sites of the manifest, or of the simulated partition, without images that the data check left out.
 
     Raises:
         ManifestError: if the data folder has no usable manifest.
+        DataError: if it was checked and has changed since.
     """
+    left_out = _left_out(request.data)
     simulation = request.run.simulation
     manifest = partition_sites(
         load_manifest(request.data),
@@ -135,17 +139,28 @@ def make_sites(request: SimulationRequest) -> tuple[Site, ...]:
         seed=request.run.train.seed,
     )
     num_workers = 1 if torch.cuda.is_available() else min(num_cpus(), len(manifest.sites))
-    return tuple(
-        Site(
+    sites = []
+    for name in manifest.sites:
+        samples = manifest.select(site=name)
+        usable = tuple(sample for sample in samples if sample_name(sample, manifest.root) not in left_out)
+        site = Site(
             name=name,
-            samples=manifest.select(site=name),
+            samples=usable,
             state_dir=request.out / "sites" / name,
             checkpoint=request.checkpoint,
             verify_checkpoint=request.verify_checkpoint,
             num_threads=max(1, num_cpus() // num_workers),
+            num_left_out=sum(sample.split == "train" for sample in set(samples) - set(usable)),
         )
-        for name in manifest.sites
-    )
+        sites.append(site)
+    return tuple(sites)
+
+
+def _left_out(folder: Path) -> frozenset[str]:
+    """Names of images that ``data check`` told training to leave out. A simulation may go without a check."""
+    if load_check(folder.parent if folder.suffix.lower() == ".csv" else folder) is None:
+        return frozenset()
+    return frozenset(one.name for one in require_checked(folder).skipped)
 
 
 def num_cpus() -> int:

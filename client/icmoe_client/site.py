@@ -19,6 +19,8 @@ class Site:
         device: ``auto`` takes a GPU where there is one.
         max_physical_batch_size: images that fit into memory at once; gradients accumulate up to the run's batch size.
         num_threads: CPU threads; ``None`` leaves torch's default.
+        num_left_out: training images of the manifest that are not in ``samples``, because the data check found them
+            damaged; counted in every report.
     """
 
     name: str
@@ -29,3 +31,4 @@ class Site:
     device: str = "auto"
     max_physical_batch_size: int | None = None
     num_threads: int | None = None
+    num_left_out: int = 0

@@ -107,9 +107,9 @@ def _train(
         "num_examples": encoded.used,
         "train_loss": result.loss,
         "num_steps": result.num_steps,
-        "found": encoded.found,
+        "found": encoded.found + bench.site.num_left_out,
         "used": encoded.used,
-        "skipped": sum(encoded.skipped.values()),
+        "skipped": sum(encoded.skipped.values()) + bench.site.num_left_out,
         "empty_masks": data.num_empty_masks,
     }
     return numbers, result.expert_shares, per_class, update

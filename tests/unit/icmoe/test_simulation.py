@@ -11,11 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from icmoe import simulation
 from icmoe.checkpoint import holds_run, latest_checkpoint
 from icmoe.config import RunConfig
-from icmoe.errors import ConfigError, ManifestError
+from icmoe.data.checked import write_checked
+from icmoe.data.checking import check_data
+from icmoe.errors import ConfigError, DataError, ManifestError
 from icmoe.simulation import SimulationRequest, make_sites, num_cpus
 
 ROW = "{0}.png,{0}_mask.png,{1},{2},{3}"
@@ -66,6 +69,26 @@ class TestSites:
         assert {site.num_threads for site in make_sites(request(data))} == {2}
         monkeypatch.setattr(simulation, "num_cpus", lambda: 2)
         assert {site.num_threads for site in make_sites(request(data))} == {1}
+
+    def test_leave_out_what_the_check_left_out(self, data: Path) -> None:
+        rng = np.random.default_rng(0)
+        for path in data.glob("*.png"):
+            shape = (12, 12)
+            pixels = rng.integers(0, 2, shape) if "mask" in path.name else rng.integers(0, 255, shape)
+            Image.fromarray(pixels.astype(np.uint8)).save(path)
+        (data / "oslo1.png").write_bytes((data / "oslo1.png").read_bytes()[:40])
+        report = check_data(data, max_bad_share=0.1)
+        assert not report.stopping
+        write_checked(report, data)
+        sites = {site.name: site for site in make_sites(request(data))}
+        assert {name: (len(site.samples), site.num_left_out) for name, site in sites.items()} == {
+            "bergen": (4, 0),
+            "narvik": (4, 0),
+            "oslo": (3, 1),
+        }
+        (data / "manifest.csv").write_text((data / "manifest.csv").read_text() + "\n")
+        with pytest.raises(DataError, match="changed since its check"):
+            make_sites(request(data))
 
     def test_need_a_manifest(self, tmp_path: Path) -> None:
         with pytest.raises(ManifestError, match=r"manifest\.csv"):
