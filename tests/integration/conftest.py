@@ -44,6 +44,8 @@ class CommandLine:
                 stderr=subprocess.STDOUT,
                 env=environment,
                 start_new_session=True,
+                # Tests that run in the background of a script inherit a Ctrl-C that is ignored.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
             )
         self.seen[process.pid] = psutil.Process(process.pid)
         self.started.append(process)
