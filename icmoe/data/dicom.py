@@ -19,7 +19,7 @@ import numpy.typing as npt
 import pydicom
 import SimpleITK as sitk
 from highdicom.spatial import get_series_volume_positions
-from pydicom.pixels.processing import apply_color_lut, apply_modality_lut, convert_color_space
+from pydicom.pixels.processing import apply_color_lut, apply_modality_lut
 from pydicom.uid import SegmentationStorage
 
 from icmoe.errors import DataError, IcmoeError, MaskError
@@ -186,17 +186,25 @@ def read_series(series: Series) -> tuple[hd.Volume, str, tuple[str, ...]]:
                 f"the series in {folder} has one slice and so no slice distance. Leave the column axis empty to use "
                 f"{series.files[0].name} as a picture."
             )
-        spacing, positions = get_series_volume_positions(datasets, sort=True)
+        # Scanners round orientations differently from slice to slice in the sixth digit.
+        spacing, positions = get_series_volume_positions(datasets, sort=True, orientation_tol=1e-4)
         if spacing is None or positions is None:
             raise DataError(
                 f"the {len(datasets)} slices in {folder} do not form a volume: distances between their positions "
-                "differ, positions repeat, or orientations differ. Look for missing or doubled files."
+                "differ, positions repeat, orientations differ, or the gantry is tilted. Look for missing or doubled "
+                "files."
+            )
+        if len({tuple(map(float, ds.PixelSpacing)) for ds in datasets}) > 1:
+            raise DataError(
+                f"the slices in {folder} have different pixel spacings, so they form no volume. Split them."
             )
         order = np.argsort(positions)
         ordered = [datasets[index] for index in order]
         array = np.stack([decode(ds, series.files[index]) for ds, index in zip(ordered, order, strict=True)])
         if array.ndim != 3:
             raise DataError(f"the series in {folder} is in colour; a volume has one value per voxel.")
+        if _shows_low_values_white(ordered[0]) and series.modality != "CT":
+            array = array.max() + array.min() - array
         geometry = hd.VolumeGeometry.from_attributes(
             image_position=ordered[0].ImagePositionPatient,
             image_orientation=ordered[0].ImageOrientationPatient,
@@ -226,11 +234,16 @@ def read_picture(path: Path) -> npt.NDArray[np.float32]:
             raise DataError(f"{path} is a segmentation, not an image. It belongs into the column mask.")
         if int(dataset.get("NumberOfFrames") or 1) > 1:
             raise DataError(f"{path} holds several frames. Name an axis and a slice in the manifest.")
-        return decode(dataset, path)
+        pixels = decode(dataset, path)
+        return pixels.max() + pixels.min() - pixels if _shows_low_values_white(dataset) else pixels
+
+
+def _shows_low_values_white(dataset: pydicom.Dataset) -> bool:
+    return str(dataset.get("PhotometricInterpretation")) == "MONOCHROME1"
 
 
 def decode(dataset: pydicom.Dataset, path: Path) -> npt.NDArray[np.float32]:
-    """Pixels with palette, rescale slope and photometric inversion applied.
+    """Pixels with palette and rescale slope applied; not inverted, which a slice of a volume must not be alone.
 
     Raises:
         DataError: if the pixels are missing or damaged.
@@ -244,18 +257,16 @@ def decode(dataset: pydicom.Dataset, path: Path) -> npt.NDArray[np.float32]:
     except RuntimeError:
         # JPEG with 12 bits, which no permissively licensed codec of pydicom reads; ITK's rescales on its own.
         rescaled: npt.NDArray[np.float32] = sitk.GetArrayFromImage(sitk.ReadImage(str(path)))[0].astype(np.float32)
-        return rescaled
+        # ITK inverts on its own as well.
+        return rescaled.max() + rescaled.min() - rescaled if _shows_low_values_white(dataset) else rescaled
     if photometric == "PALETTE COLOR":
         values = apply_color_lut(values, dataset)
         return (values // 256 if values.dtype == np.uint16 else values).astype(np.float32)
     if values.ndim == 3:
-        if photometric.startswith("YBR_FULL") and "JPEG" not in dataset.file_meta.TransferSyntaxUID.name:
-            values = convert_color_space(values, photometric, "RGB")
         colour: npt.NDArray[np.float32] = values.astype(np.float32)
         return colour
     pixels: npt.NDArray[np.float32] = apply_modality_lut(values, dataset).astype(np.float32)
-    # MONOCHROME1 shows its lowest value white.
-    return pixels.max() + pixels.min() - pixels if photometric == "MONOCHROME1" else pixels
+    return pixels
 
 
 def read_segmentation(path: Path, image: hd.VolumeGeometry, instances: Sequence[str]) -> hd.Volume:
@@ -298,13 +309,26 @@ def match_grid(labels: hd.Volume, image: hd.VolumeGeometry, path: Path) -> hd.Vo
         MaskError: if the grids differ by more.
     """
     try:
-        return labels.match_geometry(image, tol=1e-3)
+        matched = labels.match_geometry(image, tol=1e-3)
     except RuntimeError as error:
-        here, there = _millimetres(labels), _millimetres(image)
-        raise MaskError(
-            f"the label {path} is not on its image's grid: {here} against {there}. Draw it on this image, or resample "
-            "it to it with nearest neighbour."
-        ) from error
+        raise MaskError(_describe_mismatch(labels, image, path)) from error
+    # match_geometry may leave a rest beyond the far end, and crops what lies outside without a word.
+    whole = np.count_nonzero(matched.array) == np.count_nonzero(labels.array)
+    if (
+        matched.spatial_shape != image.spatial_shape
+        or not np.allclose(matched.affine, image.affine, atol=1e-2)
+        or not whole
+    ):
+        raise MaskError(_describe_mismatch(labels, image, path))
+    return matched
+
+
+def _describe_mismatch(labels: hd.Volume, image: hd.VolumeGeometry, path: Path) -> str:
+    here, there = _millimetres(labels), _millimetres(image)
+    return (
+        f"the label {path} is not on its image's grid: {here} against {there}. Slices of the image may be missing. "
+        "Draw the label on this image, or resample it to it with nearest neighbour."
+    )
 
 
 def _check_references(segmentation: Any, path: Path, image: hd.VolumeGeometry, instances: Sequence[str]) -> None:
@@ -319,15 +343,17 @@ def _check_references(segmentation: Any, path: Path, image: hd.VolumeGeometry, i
             for source in derivation.get("SourceImageSequence", []):
                 position = positions.get(str(source.ReferencedSOPInstanceUID))
                 known += position is not None
-                if position is not None and np.abs(position - place).max() > POSITION_TOLERANCE:
+                # A multi-frame image is one instance for all its slices.
+                if position is not None and len(instances) > 1 and np.abs(position - place).max() > POSITION_TOLERANCE:
                     raise MaskError(
                         f"a frame of {path} names an image that lies {np.abs(position - place).max():.2f} mm away from "
                         "it. The segmentation is damaged: export it again."
                     )
-    if not known:
+    if not known and not set(referenced_instances(path)) & set(instances):
         raise MaskError(f"{path} names none of the images of this series. It was made on another one.")
 
 
 def _millimetres(grid: hd.VolumeGeometry | hd.Volume) -> str:
-    spacing, origin = (" x ".join(f"{value:.4g}" for value in values) for values in (grid.spacing, grid.position))
-    return f"spacing {spacing} and origin {origin} mm"
+    spacing, origin = (" x ".join(f"{value:.6g}" for value in values) for values in (grid.spacing, grid.position))
+    shape = " x ".join(map(str, grid.spatial_shape))
+    return f"{shape} voxels, spacing {spacing} and origin {origin} mm"

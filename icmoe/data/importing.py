@@ -147,8 +147,8 @@ def _rows_of(pair: Pair, request: ImportRequest, report: ImportReport) -> list[d
     }
     if request.labels == "mask":
         return [{**common, "intensity": request.intensity or STORED}]
-    stored = read_volume(pair.image, series=pair.series)
-    labels = read_labels(pair.label, image=pair.image, series=pair.series)
+    stored = read_volume(pair.image, series=pair.series, frame="")
+    labels = read_labels(pair.label, image=pair.image, series=pair.series, frame="")
     for value, count in zip(*np.unique(labels.array, return_counts=True), strict=True):
         report.values[int(value)] = report.values.get(int(value), 0) + int(count)
     if request.write_labels:
@@ -166,15 +166,20 @@ def _rows_of(pair: Pair, request: ImportRequest, report: ImportReport) -> list[d
 
 def _relative(path: Path, request: ImportRequest) -> str:
     """A path as the manifest writes it: below ``out``, through a link where the source lies elsewhere."""
-    source, out = request.source.resolve(), request.out.resolve()
-    if source.is_relative_to(out):
-        return str(path.resolve().relative_to(out))
+    out = request.out.absolute()
+    # Links are not followed: a linked file belongs where it is linked.
+    inside = Path(os.path.normpath(path.absolute()))
+    source = Path(os.path.normpath(request.source.absolute()))
+    if inside.is_relative_to(out):
+        return str(inside.relative_to(out))
+    if not inside.is_relative_to(source):
+        raise ConfigError(f"the label {inside} is outside {source}. Give a folder that holds images and labels.")
     link = request.out / LINK
-    if not link.is_symlink():
+    if not os.path.lexists(link):
         link.symlink_to(source)
-    if link.resolve() != source:
-        raise ConfigError(f"{link} points to {link.resolve()}, not to {source}. Choose another --out, or remove it.")
-    return str(Path(LINK) / path.resolve().relative_to(source))
+    if link.resolve() != source.resolve():
+        raise ConfigError(f"{link} does not lead to {source}. Choose another --out, or remove it.")
+    return str(Path(LINK) / inside.relative_to(source))
 
 
 def _write_label(values: np.ndarray, affine: np.ndarray, pair: Pair, request: ImportRequest) -> str:
@@ -184,7 +189,8 @@ def _write_label(values: np.ndarray, affine: np.ndarray, pair: Pair, request: Im
     path.parent.mkdir(exist_ok=True)
     to_ras = np.diag([-1.0, -1.0, 1.0, 1.0])
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp.nii.gz")
-    nib.save(nib.Nifti1Image(values.astype(np.int16), to_ras @ affine), temporary)
+    smallest = np.int16 if values.max(initial=0) <= np.iinfo(np.int16).max else np.int32
+    nib.save(nib.Nifti1Image(values.astype(smallest), to_ras @ affine), temporary)
     temporary.replace(path)
     return str(path.relative_to(request.out))
 

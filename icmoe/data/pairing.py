@@ -106,7 +106,7 @@ def _pair_series(source: Path, found: Found, *, wanted: str) -> None:
     for one in series.values():
         if one.modality in dicom.NOT_IMAGES:
             continue
-        name = f"{one.files[0].parent.relative_to(source)} {one.modality} {one.description}".strip()
+        name = f"{one.files[0].parent.relative_to(source)} {one.modality} {one.description} {one.uid}".strip()
         masks = segmentations.get(one.uid, [])
         if len(masks) == 1:
             found.pairs.append(Pair(common_folder(one.files), masks[0], one.patient or one.uid, one.uid, one.modality))
@@ -165,6 +165,9 @@ def _candidates(image: Path, name: str, label_pattern: str) -> Iterator[tuple[Pa
     for base in dict.fromkeys((name, _CHANNEL.sub("", name))):
         for folder in folders:
             for pattern in LABEL_NAMES:
+                # An equal name beside the image is as likely the image in another format.
+                if folder == image.parent and pattern == "{name}":
+                    continue
                 yield from ((folder / (pattern.format(name=base) + ending), base) for ending in endings)
 
 

@@ -130,6 +130,13 @@ class TestPairs:
         with pytest.raises(ConfigError, match=told):
             find_pairs(cases(tmp_path, 1), labels="nifti", **({"patient_pattern": "", "label_pattern": ""} | patterns))
 
+    def test_the_same_image_in_two_formats_is_no_label(self, tmp_path: Path) -> None:
+        nifti(tmp_path / "img" / "a.nii")
+        nifti(tmp_path / "img" / "a.nii.gz")
+        nifti(tmp_path / "labels" / "a.nii.gz", high=2)
+        found = find_pairs(tmp_path, labels="nifti", patient_pattern="", label_pattern="")
+        assert {pair.label for pair in found.pairs} == {tmp_path / "labels" / "a.nii.gz"}
+
     def test_equal_names_in_two_folders_need_a_pattern(self, tmp_path: Path) -> None:
         for patient in ("P1", "P2"):
             nifti(tmp_path / patient / "t2.nii.gz")
@@ -157,6 +164,20 @@ class TestImport:
     def test_into_the_folder_itself(self, tmp_path: Path) -> None:
         import_folder(request(cases(tmp_path / "data", 3), tmp_path / "data"))
         assert all(line["image"].startswith("P") for line in lines_of(tmp_path / "data"))
+
+    def test_labels_outside_the_folder_are_refused(self, tmp_path: Path) -> None:
+        nifti(tmp_path / "Task" / "imagesTr" / "a.nii.gz")
+        nifti(tmp_path / "Task" / "labelsTr" / "a.nii.gz", high=2)
+        with pytest.raises(ConfigError, match="Give a folder that holds images and labels"):
+            import_folder(request(tmp_path / "Task" / "imagesTr", tmp_path / "out"))
+
+    def test_linked_files_stay_where_they_are_linked(self, tmp_path: Path) -> None:
+        archive = cases(tmp_path / "elsewhere", 3)
+        (tmp_path / "linked").mkdir()
+        for path in archive.iterdir():
+            (tmp_path / "linked" / path.name).symlink_to(path)
+        import_folder(request(tmp_path / "linked", tmp_path / "out"))
+        assert len(load_manifest(tmp_path / "out").samples) == 12
 
     def test_patients_are_pseudonyms_and_never_across_splits(self, tmp_path: Path) -> None:
         archive = cases(tmp_path / "archive", 6)

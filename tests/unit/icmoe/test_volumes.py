@@ -109,6 +109,20 @@ class TestSeries:
         with pytest.raises(DataError, match="empty shell"):
             read_volume(folder)
 
+    def test_slices_of_another_pixel_spacing_are_refused(self, tmp_path: Path) -> None:
+        folder = copy_series(tmp_path / "ct")
+        other = pydicom.dcmread(folder / "02.dcm")
+        other.PixelSpacing = [0.5, 0.5]
+        other.save_as(folder / "02.dcm")
+        with pytest.raises(DataError, match="different pixel spacings"):
+            read_volume(folder)
+
+    def test_slices_shown_white_on_black_keep_one_scale(self, tmp_path: Path) -> None:
+        folder = copy_series(tmp_path / "mr", PhotometricInterpretation="MONOCHROME1", Modality="MR")
+        expected = read_volume(CT).grid.array
+        inverted = read_volume(folder).grid.array
+        np.testing.assert_array_equal(inverted, expected.max() + expected.min() - expected)
+
     def test_mixed_series_are_told_apart(self, tmp_path: Path) -> None:
         copy_series(tmp_path / "both", names=["a1", "a2", "a3"])
         other = generate_uid()
@@ -161,6 +175,15 @@ class TestSegmentation:
             dataset.save_as(other / f"{number}.dcm")
         with pytest.raises(MaskError, match="another one"):
             read_labels(CT / "liver.dcm", image=other)
+
+    @pytest.mark.parametrize("missing", ["01", "03"])
+    def test_seg_reverse_a_series_that_lost_its_first_or_last_slice_is_refused(
+        self, tmp_path: Path, missing: str
+    ) -> None:
+        folder = copy_series(tmp_path / "ct")
+        (folder / f"{missing}.dcm").unlink()
+        with pytest.raises(MaskError, match="Slices of the image may be missing"):
+            read_labels(CT / "liver.dcm", image=folder)
 
     def test_slices_of_image_and_label_lie_on_each_other(self) -> None:
         for number in range(3):
@@ -255,6 +278,15 @@ class TestRefusals:
         with pytest.raises(MaskError, match=r"5 x 8 x 10 voxels, its image .* has 6 x 8 x 10"):
             read_labels(tmp_path / "smaller.nii", image=image)
 
+    @pytest.mark.parametrize("shift", [2.0, -2.0])
+    def test_a_label_moved_by_whole_voxels(self, tmp_path: Path, shift: float) -> None:
+        image = save_nifti(tmp_path / "image.nii", random_volume(), np.eye(4))
+        moved = np.eye(4)
+        moved[2, 3] = shift
+        save_nifti(tmp_path / "moved.nii", random_volume(), moved)
+        with pytest.raises(MaskError, match="not on its image's grid"):
+            read_labels(tmp_path / "moved.nii", image=image)
+
     def test_a_label_with_fractions(self, tmp_path: Path) -> None:
         image = save_nifti(tmp_path / "image.nii", random_volume(), np.eye(4))
         save_nifti(tmp_path / "soft.nii", random_volume().astype(np.float32) / 2, np.eye(4))
@@ -325,6 +357,14 @@ class TestTransferSyntaxes:
         assert pixels.shape == shape
         assert pixels.max() > pixels.min()
         assert len(shape) == 2 or pixels.max() <= 255
+
+    def test_uncompressed_ybr_is_converted_once(self, tmp_path: Path) -> None:
+        dataset = pydicom.dcmread(PYDICOM / "examples_rgb_color.dcm")
+        expected = dataset.pixel_array
+        converted = pydicom.pixels.convert_color_space(expected, "RGB", "YBR_FULL")
+        dataset.PhotometricInterpretation, dataset.PixelData = "YBR_FULL", converted.tobytes()
+        dataset.save_as(tmp_path / "ybr.dcm")
+        assert np.abs(dicom.read_picture(tmp_path / "ybr.dcm") - expected).max() <= 3
 
     def test_monochrome1_is_shown_bright_on_dark(self) -> None:
         path = PYDICOM / "dicomdirtests" / "77654033" / "CR1" / "6154"
