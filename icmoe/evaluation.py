@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from icmoe.checkpoint import write_json
+from icmoe.checkpoint import Checkpoint, write_json
+from icmoe.data.check_opening import sample_name
 from icmoe.data.manifest import load_manifest
-from icmoe.errors import DataError
+from icmoe.errors import ConfigError, DataError
 from icmoe.examples import load_weights, predict_one, write_example
 from icmoe.metrics import Labels, score_image, surface_dice
 from icmoe.prediction import load_run
@@ -129,23 +130,28 @@ def summarise(cases: Sequence[Case], *, seed: int) -> dict[str, Any]:
 
 
 def compare(cases: Sequence[Case], others: Sequence[Case], *, seed: int) -> dict[str, Any]:
-    """Paired difference of Dice, per patient: this model minus the other.
+    """Paired difference of Dice, this model minus the other: the mean over patients of their images' mean difference.
 
     Raises:
-        DataError: if both were not scored on the same images.
+        DataError: if both were not scored on the same images and classes, or no image has a foreground.
     """
-    mine, theirs = _dice_per_image(cases), _dice_per_image(others)
-    if mine.keys() != theirs.keys():
-        raise DataError("the two models were scored on different images, so they cannot be compared in pairs")
-    differences = {key: mine[key] - theirs[key] for key in mine}
-    patients = [f"{site}/{patient}" for site, patient, *_ in differences]
+    mine, theirs = (
+        {(case.site, case.patient, case.image, case.class_name): case.dice for case in one if case.dice is not None}
+        for one in (cases, others)
+    )
+    if mine.keys() != theirs.keys() or not mine:
+        raise DataError(
+            "the two models cannot be compared in pairs: they were not scored on the same images and classes, or no "
+            "image has a foreground."
+        )
+    first, second = _per_image(cases, "dice"), _per_image(others, "dice")
     by_patient: dict[str, list[float]] = {}
-    for patient, difference in zip(patients, differences.values(), strict=True):
-        by_patient.setdefault(patient, []).append(difference)
+    for key in first:
+        by_patient.setdefault(f"{key[0]}/{key[1]}", []).append(first[key] - second[key])
     means = [fmean(values) for values in by_patient.values()]
     return {
-        "difference": fmean(differences.values()),
-        "ci95": interval(bootstrap_means(list(differences.values()), patients, seed=seed)),
+        "difference": fmean(means),
+        "ci95": interval(bootstrap_means(means, list(by_patient), seed=seed)) if len(means) > 1 else None,
         "p_value": paired_p_value(means, [0.0] * len(means)),
         "test": "Wilcoxon signed-rank over patients' mean differences, two-sided",
         "num_patients": len(means),
@@ -173,13 +179,13 @@ def _score(
         bench = Workbench.prepare(site, run)
         bench.encode(request.split, progress=lambda done, all_: progress("Encoding", done, all_))
         data = bench.dataset(request.split)
-        load_weights(bench, weights)
+        _load(bench, weights)
         for index, sample in enumerate(samples):
             prediction, _ = predict_one(bench, data, index)
             own = score_case(
                 prediction,
                 data.original_labels(index),
-                where=(name, sample.patient, str(sample.image.relative_to(manifest.root)), sample.slice),
+                where=(name, sample.patient, sample_name(sample, manifest.root), sample.slice),
                 classes=tuple(run.task.classes),
                 spacing=sample.spacing,
                 tolerance=request.tolerance,
@@ -189,6 +195,16 @@ def _score(
             ranked += [(fmean(dice), bench, index)] if dice else []
             progress("Scoring", len(cases) // len(own), total)
     return cases, sorted(ranked, key=lambda item: item[0])[:MAX_WORST]
+
+
+def _load(bench: Workbench, weights: Checkpoint) -> None:
+    load_weights(bench, weights)
+    kept_local = set(bench.model.adapter_params()) - set(weights.arrays)
+    if kept_local and bench.latest_local_file(weights.server_round) is None:
+        raise ConfigError(
+            f"the run kept {len(kept_local)} tensors at its sites (federation.scope: local); {bench.site.state_dir} "
+            f"has none of {bench.site.name}. Evaluate on the sites that trained, or with their run directory."
+        )
 
 
 def score_case(
@@ -235,36 +251,38 @@ def score_case(
 
 
 def _summary(cases: Sequence[Case], *, seed: int) -> dict[str, Any]:
+    scored = [case for case in cases if case.dice is not None]
     summary: dict[str, Any] = {
-        "num_images": len({(case.image, case.slice) for case in cases}),
-        "num_patients": len({(case.site, case.patient) for case in cases}),
+        "num_images": len({(case.site, case.patient, case.image) for case in scored}),
+        "num_patients": len({(case.site, case.patient) for case in scored}),
     }
     for metric in METRICS:
         values = list(_per_image(cases, metric).values())
         draws = _draws(cases, metric, seed=seed)
-        summary[metric] = None if draws is None else {"mean": fmean(values), "ci95": interval(draws)}
+        summary[metric] = None if draws is None else {"mean": fmean(values), "ci95": _interval(draws, summary)}
     return summary
+
+
+def _interval(draws: Any, summary: dict[str, Any]) -> tuple[float, float] | None:
+    """``None`` for a single patient, who says nothing about the next one."""
+    return interval(draws) if summary["num_patients"] > 1 else None
 
 
 def _draws(cases: Sequence[Case], metric: str, *, seed: int) -> Any:
     values = _per_image(cases, metric)
     if not values:
         return None
-    return bootstrap_means(list(values.values()), [f"{site}/{patient}" for site, patient, *_ in values], seed=seed)
+    return bootstrap_means(list(values.values()), [f"{site}/{patient}" for site, patient, _ in values], seed=seed)
 
 
-def _per_image(cases: Iterable[Case], metric: str) -> dict[tuple[str, str, str, str], float]:
-    """Mean over the classes present, by image."""
-    images: dict[tuple[str, str, str, str], list[float]] = {}
+def _per_image(cases: Iterable[Case], metric: str) -> dict[tuple[str, str, str], float]:
+    """Mean over the classes present, by site, patient and image."""
+    images: dict[tuple[str, str, str], list[float]] = {}
     for case in cases:
         value = getattr(case, metric)
         if value is not None:
-            images.setdefault((case.site, case.patient, case.image, case.slice), []).append(value)
+            images.setdefault((case.site, case.patient, case.image), []).append(value)
     return {image: fmean(values) for image, values in images.items()}
-
-
-def _dice_per_image(cases: Iterable[Case]) -> dict[tuple[str, str, str, str], float]:
-    return _per_image(cases, "dice")
 
 
 def _patients(cases: Sequence[Case]) -> list[dict[str, Any]]:
@@ -275,7 +293,7 @@ def _patients(cases: Sequence[Case]) -> list[dict[str, Any]]:
     rows = []
     for (site, patient), own in groups.items():
         true = sum(case.true_pixels for case in own)
-        row: dict[str, Any] = {"site": site, "patient": patient, "num_images": len({(c.image, c.slice) for c in own})}
+        row: dict[str, Any] = {"site": site, "patient": patient, "num_images": len({case.image for case in own})}
         for metric in ("dice", "hd95", "surface_dice"):
             values = _per_image(own, metric).values()
             row[metric] = fmean(values) if values else None

@@ -158,6 +158,11 @@ class Writer:
             )
         if overwrite:
             return False
+        if about.get("input") != str(item.path.resolve()) or about.get("input_state") != _state(item.path):
+            raise ConfigError(
+                f"{folder} holds the prediction of another input, or of {item.path} before it changed. Give "
+                "--overwrite to replace it, or another --out."
+            )
         if any(about.get(key) != value for key, value in self._made_by.items()):
             raise ConfigError(
                 f"{folder} holds a prediction made otherwise (round {about.get('server_round')} of another run, or "
@@ -238,7 +243,8 @@ class Writer:
         counts = np.bincount(labels.ravel(), minlength=self.run.task.num_classes)
         return {
             **self._made_by,
-            "input": str(item.path),
+            "input": str(item.path.resolve()),
+            "input_state": _state(item.path),
             "kind": item.kind,
             "intensity": sample.intensity,
             "axis": sample.axis or None,
@@ -274,6 +280,13 @@ class Writer:
             ) from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _state(path: Path) -> list[int]:
+    """Number of files, bytes and latest change in nanoseconds: enough to notice that an input was replaced."""
+    files = [path] if path.is_file() else [one for one in path.rglob("*") if one.is_file()]
+    states = [file.stat() for file in files]
+    return [len(states), sum(one.st_size for one in states), max((one.st_mtime_ns for one in states), default=0)]
 
 
 def _read_about(folder: Path) -> dict[str, Any] | None:

@@ -106,6 +106,7 @@ def import_data(
 def remove_patient(
     folder: Annotated[Path, typer.Argument(help="Folder with manifest.csv.")],
     patient: Annotated[str, typer.Option(help="As the manifest names them, or the hospital's own id.")],
+    site: Annotated[str, typer.Option(help="Whose patient, where the manifest holds several sites.")] = "",
     secret: Annotated[Path | None, typer.Option(help="File with the site's secret for pseudonyms.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
 ) -> None:
@@ -114,19 +115,23 @@ def remove_patient(
     What earlier rounds learnt from them stays in the model; leave that to the study's protocol.
     """
     from icmoe.data.cache import open_cache
-    from icmoe.data.manifest import load_manifest
+    from icmoe.data.manifest import FILE_NAME, read_rows
     from icmoe.data.pseudonyms import default_secret_path, load_secret, pseudonym
     from icmoe.data.withdrawal import withdraw
 
-    names = {sample.patient for sample in load_manifest(folder).samples}
+    names = {row["patient"] for _, row in read_rows(folder / FILE_NAME)}
     path = secret or default_secret_path()
     if patient not in names and path.exists():
         patient = pseudonym(patient, secret=load_secret(path))
-    note = withdraw(folder, patient, cache=open_cache())
+    cache = open_cache()
+    note = withdraw(folder, patient, site=site, cache=cache)
     if as_json:
         typer.echo(json.dumps(asdict(note)))
         return
-    typer.echo(f"Removed patient {note.patient}: {note.images} images, {note.cache_entries} cached features.")
+    typer.echo(
+        f"Removed patient {note.patient}: {note.images} images, {note.cache_entries} features from {cache.root}."
+    )
+    typer.echo("Pictures may be left in reports, evaluations and predictions you made, and in other users' caches.")
     if note.unread:
         typer.echo(
             f"{note.unread} image files were gone already; run 'icmoe-fl cache purge' to be sure of their features."

@@ -82,14 +82,11 @@ def _print(result: dict[str, Any]) -> None:
     Console().print(table)
     if against := result.get("against"):
         p_value = "too few patients for a test" if against["p_value"] is None else f"p = {against['p_value']:.2g}"
-        low, high = against["ci95"]
-        typer.echo(
-            f"Against {against['run']}: {against['difference']:+.4f} Dice ({low:+.4f} to {high:+.4f}), {p_value}."
-        )
+        bounds = " ({:+.4f} to {:+.4f})".format(*against["ci95"]) if against["ci95"] else ""
+        typer.echo(f"Against {against['run']}: {against['difference']:+.4f} Dice{bounds}, {p_value}.")
 
 
 def _cell(value: dict[str, Any] | None) -> str:
     if value is None:
         return "-"
-    low, high = value["ci95"]
-    return f"{value['mean']:.3f} ({low:.3f}-{high:.3f})"
+    return f"{value['mean']:.3f}" + (" ({:.3f}-{:.3f})".format(*value["ci95"]) if value["ci95"] else "")

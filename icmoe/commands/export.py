@@ -1,5 +1,6 @@
 """``icmoe-fl export``: a model that others can run."""
 
+import shutil
 from pathlib import Path
 from typing import Annotated
 
@@ -43,6 +44,9 @@ def export(
     from icmoe.prediction import Predictor, load_run
 
     console = Console(stderr=True)
+    # Of another export: what stands beside a new model card has to be of the same checkpoint.
+    (out / "model.onnx").unlink(missing_ok=True)
+    shutil.rmtree(out / "monai_bundle", ignore_errors=True)
     run, weights = load_run(run_dir, checkpoint)
     write_adapters(out, run_dir, run, weights)
     console.print(f"Adapters and model card: {out}", soft_wrap=True)

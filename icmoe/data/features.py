@@ -19,7 +19,7 @@ from torch import Tensor
 
 from icmoe.data.cache import CacheInfo, FeatureCache, default_cache_dir, open_cache
 from icmoe.data.manifest import Sample
-from icmoe.data.sources import image_digest, load_pixels
+from icmoe.data.sources import image_digest, load_pixels, source_digest
 from icmoe.data.transforms import FINGERPRINT, PixelNorm, apply_view, check_view, fit_to_square
 from icmoe.errors import DataError, RunError
 
@@ -255,7 +255,7 @@ def _encode_batch(
                 "Look at the image: an empty or broken one is the usual cause."
             )
         try:
-            cache.store(job.key, image_digest=job.image_digest, embeddings=one, detail=detail)
+            cache.store(job.key, image_digest=source_digest(job.sample), embeddings=one, detail=detail)
         except OSError as error:
             if error.errno in _FULL_DISK:
                 raise _full_disk(num_left * spec.entry_bytes, cache=cache) from error

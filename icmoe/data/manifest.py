@@ -12,6 +12,8 @@ from icmoe.types import AXES, SPLITS, Split
 
 FILE_NAME = "manifest.csv"
 REQUIRED_COLUMNS = ("image", "mask", "patient", "split")
+DEFAULT_SITE = "site"
+"""Site of all lines where the manifest has no such column."""
 MAX_SHOWN = 10
 
 
@@ -68,7 +70,7 @@ class Manifest:
         return tuple(s for s in self.samples if site in (None, s.site) and split in (None, s.split))
 
 
-def load_manifest(folder: Path, *, default_site: str = "site") -> Manifest:
+def load_manifest(folder: Path, *, default_site: str = DEFAULT_SITE) -> Manifest:
     """Read and check a manifest. No image is opened; see ``SegmentationDataset`` for what is inside them.
 
     Args:

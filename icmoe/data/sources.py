@@ -75,21 +75,31 @@ def load_size(sample: Sample) -> tuple[int, int]:
 
 
 def image_digest(sample: Sample) -> str:
-    """Sha256 of what the pixels come from; names the image in cache keys and seeds its views.
+    """Sha256 of what the pixels come from and how they are read; names the image in cache keys and seeds its views.
 
     Raises:
         DataError: if it cannot be read.
     """
-    if not sample.axis:
-        try:
-            digest = hashlib.sha256(sample.image.read_bytes()).hexdigest()
-        except OSError as error:
-            raise DataError(
-                f"cannot read {sample.image}: {error.strerror}. Correct the manifest or bring the file back."
-            ) from error
-        return _combine(digest, sample.intensity) if sample.intensity else digest
-    stored = read_volume(sample.image, series=sample.series, frame=sample.frame)
-    return _combine(stored.digest, sample.frame, sample.axis, sample.slice, sample.intensity)
+    digest = source_digest(sample)
+    if sample.axis:
+        return _combine(digest, sample.frame, sample.axis, sample.slice, sample.intensity)
+    return _combine(digest, sample.intensity) if sample.intensity else digest
+
+
+def source_digest(sample: Sample) -> str:
+    """Sha256 of a sample's file or series, however it is read.
+
+    Raises:
+        DataError: if it cannot be read.
+    """
+    if sample.axis:
+        return read_volume(sample.image, series=sample.series, frame=sample.frame).digest
+    try:
+        return hashlib.sha256(sample.image.read_bytes()).hexdigest()
+    except OSError as error:
+        raise DataError(
+            f"cannot read {sample.image}: {error.strerror}. Correct the manifest or bring the file back."
+        ) from error
 
 
 def _combine(*parts: str) -> str:

@@ -31,13 +31,13 @@ def write_onnx(network: DeployedNetwork, path: Path) -> OnnxCheck:
 
     Args:
         network: to export.
-        path: of the file; its weights are inside, however large.
+        path: of the file; below 2 GB, the format's own limit, its weights are inside.
 
     Returns:
         The worst of three random images.
 
     Raises:
-        RunError: if onnxruntime's answer differs too much from torch's; the file is removed.
+        RunError: if onnxruntime's answer differs too much from torch's; nothing is written.
     """
     try:
         import onnxruntime
@@ -46,6 +46,7 @@ def write_onnx(network: DeployedNetwork, path: Path) -> OnnxCheck:
 
     names = ["image", "detail"][: 1 + network.needs_detail]
     path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
     # The exporter reports its progress on stdout and warns of its own parts.
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
         warnings.simplefilter("ignore")
@@ -55,17 +56,21 @@ def write_onnx(network: DeployedNetwork, path: Path) -> OnnxCheck:
         )  # fmt: skip
         if program is None:
             raise RunError("torch gave no ONNX program for this model; try other versions of torch and onnx.")
-        program.save(str(path))
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        program.save(str(temporary))
+    session = onnxruntime.InferenceSession(str(temporary), providers=["CPUExecutionProvider"])
     checks = [_compare(network, session, names, seed=seed) for seed in range(NUM_CHECKS)]
-    worst = OnnxCheck(max(one.max_difference for one in checks), min(one.agreement for one in checks))
-    if worst.max_difference > MAX_DIFFERENCE or worst.agreement < MIN_AGREEMENT:
-        path.unlink()
+    worst = OnnxCheck(
+        float(np.max([one.max_difference for one in checks])), float(np.min([one.agreement for one in checks]))
+    )
+    # Put so that NaN fails as well.
+    if not (worst.max_difference <= MAX_DIFFERENCE and worst.agreement >= MIN_AGREEMENT):
+        temporary.unlink()
         raise RunError(
             f"ONNX differs from torch by up to {worst.max_difference:.2g} in a probability and in "
             f"{1 - worst.agreement:.2%} of the classes; allowed are {MAX_DIFFERENCE:g} and {1 - MIN_AGREEMENT:.2%}. "
             "Try other versions of torch, onnx and onnxruntime."
         )
+    temporary.replace(path)
     return worst
 
 

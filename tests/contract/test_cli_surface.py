@@ -100,7 +100,7 @@ SURFACE = {
         "--help",
         "-h",
     },
-    "data remove": {"FOLDER", "--patient", "--secret", "--json", "--help", "-h"},
+    "data remove": {"FOLDER", "--patient", "--site", "--secret", "--json", "--help", "-h"},
     "cache": {"--help", "-h"},
     "cache info": {"--json", "--help", "-h"},
     "cache purge": {"--json", "--help", "-h"},

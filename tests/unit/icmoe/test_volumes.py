@@ -12,6 +12,7 @@ import numpy as np
 import pydicom
 import pytest
 import SimpleITK as sitk
+from pydicom.pixels.processing import convert_color_space
 from pydicom.uid import generate_uid
 
 from icmoe.data import dicom
@@ -361,7 +362,7 @@ class TestTransferSyntaxes:
     def test_uncompressed_ybr_is_converted_once(self, tmp_path: Path) -> None:
         dataset = pydicom.dcmread(PYDICOM / "examples_rgb_color.dcm")
         expected = dataset.pixel_array
-        converted = pydicom.pixels.convert_color_space(expected, "RGB", "YBR_FULL")
+        converted = convert_color_space(expected, "RGB", "YBR_FULL")
         dataset.PhotometricInterpretation, dataset.PixelData = "YBR_FULL", converted.tobytes()
         dataset.save_as(tmp_path / "ybr.dcm")
         assert np.abs(dicom.read_picture(tmp_path / "ybr.dcm") - expected).max() <= 3
