@@ -52,10 +52,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Where the images are required, a ``shared_data`` test that skips for any reason has failed."""
+    """Where the images are required, a ``shared_data`` test that skips has failed, but for want of a foreign tool."""
     report = yield
     skipped = report.skipped and not hasattr(report, "wasxfail")
-    if skipped and _data_required() and item.get_closest_marker("shared_data"):
+    no_tool = "is not installed" in str(report.longrepr)
+    if skipped and not no_tool and _data_required() and item.get_closest_marker("shared_data"):
         report.outcome = "failed"
         report.longrepr = f"{REQUIRE_VARIABLE}=1 and this test skipped: {report.longrepr}"
     return report
