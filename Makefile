@@ -68,10 +68,10 @@ $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install -c '$(ENV)/constraints.txt' -e '.[dev,demo,export]'
 	@echo '$(CURDIR)' > $@
 
-.PHONY: help install demo test lint types imports pytest unit format bench ablation clean
+.PHONY: help install demo test lint types imports pytest unit test-system format bench ablation proto wheelhouse sbom clean
 
 help: ## this list
-	@sed -nE 's/^([a-z]+):[^#]*## (.*)/  make \1\t\2/p' Makefile | expand -t 18
+	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' Makefile | expand -t 18
 
 install: $(STAMP) ## make .venv (or use the active environment that has torch) and install everything
 
@@ -103,6 +103,10 @@ pytest: $(STAMP) ## all tests; those on real images need ICMOE_TEST_DATA
 unit: $(STAMP) ## the quick tests only
 	$(PYTEST) -n $(WORKERS) $(QUICK)
 
+# Under test: real processes, real TLS, kill -9.
+test-system: $(STAMP) ## the network deployment: gateway under attack, a centre with three sites
+	$(PYTEST) tests/system
+
 format: $(STAMP) ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -112,6 +116,25 @@ bench: $(STAMP) ## measure what docs/performance.md reports
 
 ablation: $(STAMP) ## measure the ablation table of docs/methods/icmoe.md; may be stopped and continued
 	$(BIN)/python benchmarks/ablation.py
+
+proto: ## make the operator service's Python from operator.proto, in an environment of its own
+	test -x build/proto/bin/python || $(or $(PYTHON),python3.11) -m venv build/proto
+	build/proto/bin/python -m pip install -q 'grpcio-tools==1.70.0' 'protobuf==5.29.6'
+	build/proto/bin/python -m grpc_tools.protoc -I server --python_out=server --pyi_out=server --grpc_python_out=server icmoe_server/operator/operator.proto
+
+WHEELS ?=
+wheelhouse: $(STAMP) ## dist/wheelhouse: install without internet (some GB); WHEELS=folder: own torch build wins
+	rm -rf dist/wheelhouse && mkdir -p dist/wheelhouse
+	$(BIN)/python -m pip wheel --wheel-dir dist/wheelhouse $(if $(WHEELS),-f '$(WHEELS)') -c constraints.txt '.[lite]'
+	cp deploy/wheelhouse/install.sh dist/wheelhouse/
+	cd dist/wheelhouse && sha256sum -- *.whl > SHA256SUMS
+
+sbom: $(STAMP) ## dist/sbom: CycloneDX list and licences of what is installed
+	rm -rf build/sbom && mkdir -p dist/sbom
+	$(BIN)/python -m venv build/sbom
+	build/sbom/bin/python -m pip install --quiet 'cyclonedx-bom>=7,<8' 'pip-licenses>=5,<6'
+	build/sbom/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --output-format JSON --output-file dist/sbom/icmoe-fl.cdx.json '$(abspath $(BIN)/python)'
+	build/sbom/bin/pip-licenses --python='$(abspath $(BIN)/python)' --format=markdown --with-urls --output-file dist/sbom/licences.md
 
 clean: ## remove caches and builds; .venv and runs stay
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -13,10 +13,16 @@ import typer
 from rich.console import Console
 
 from icmoe import __version__
+from icmoe.commands.client import client
 from icmoe.commands.data import data_app
 from icmoe.commands.evaluate import evaluate
 from icmoe.commands.export import export
+from icmoe.commands.operator import status, stop, watch
 from icmoe.commands.predict import predict
+from icmoe.commands.server_init import init
+from icmoe.commands.server_start import start
+from icmoe.commands.site import site_app
+from icmoe.commands.sites import sites_app
 from icmoe.errors import EXIT_FAULT, EXIT_INTERRUPTED, ConfigError, IcmoeError, RunError
 
 REFERENCES = ("local", "pooled")
@@ -32,6 +38,12 @@ app = typer.Typer(
 cache_app = typer.Typer(no_args_is_help=True, help="The cache of frozen features (folder: $ICMOE_CACHE_DIR).")
 app.add_typer(cache_app, name="cache")
 app.add_typer(data_app, name="data")
+app.add_typer(site_app, name="site")
+app.add_typer(sites_app, name="sites")
+server_app = typer.Typer(no_args_is_help=True, help="The study centre (folder: $ICMOE_CENTRE_DIR).")
+for command in (init, start, status, watch, stop):
+    server_app.command()(command)
+app.add_typer(server_app, name="server")
 console = Console(stderr=True)
 
 
@@ -91,6 +103,7 @@ def simulate(
     typer.echo(f"Report: {folder / 'report.html'}")
 
 
+app.command()(client)
 app.command()(evaluate)
 app.command()(export)
 app.command()(predict)

@@ -21,6 +21,7 @@ StrategyName = Literal["fedavg", "fedprox", "fedadam", "fedyogi", "fedmedian", "
 Scope = Literal["global", "local"]
 View = Annotated[str, Field(pattern=r"^(identity|hflip|vflip|rot90|rot180|rot270|affine[0-9]+)$")]
 Weight = Annotated[float, Field(ge=0.0)]
+SiteName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 
 UNWEIGHTED_STRATEGIES = ("fedmedian", "fedtrimmedavg", "krum")
 
@@ -190,11 +191,23 @@ class FederationConfig(_Section):
     server_tau: float = Field(default=1e-3, gt=0.0, description="FedAdam, FedYogi: adaptivity")
     trim: float = Field(default=0.2, ge=0.0, lt=0.5, description="FedTrimmedAvg: share cut at each end")
     num_malicious: int = Field(default=0, ge=0, description="Krum: number of malicious sites to withstand")
-    min_replies: int = Field(default=1, ge=1, description="good replies a round needs to change the model")
+    sites: tuple[SiteName, ...] = Field(
+        default=(), description="expected sites by name; a centre needs them, a simulation takes those of its data"
+    )
+    quorum: int | None = Field(
+        default=None, ge=1, description="good updates a round needs; null is all sites that are asked"
+    )
+    on_missing: Literal["wait", "continue", "stop"] = Field(
+        default="wait",
+        description="when an expected site is not there: wait for it until the round's deadline, continue without it "
+        "once the quorum answered, or stop the run",
+    )
     max_update_norm: float = Field(
         default=1e3, gt=0.0, description="L2 norm of a site's change above which it is quarantined"
     )
-    round_timeout: float = Field(default=3600.0, gt=0.0, description="seconds")
+    round_deadline: float = Field(
+        default=3600.0, gt=0.0, description="seconds a round may take, waiting for missing sites included"
+    )
 
     @model_validator(mode="after")
     def _unweighted_strategies(self) -> Self:
@@ -205,6 +218,18 @@ class FederationConfig(_Section):
                 f"{self.strategy} takes no weights: use expert_weighting: examples and min_expert_share: 0.0 with it"
             )
         return self
+
+    @model_validator(mode="after")
+    def _reachable_quorum(self) -> Self:
+        if len(set(self.sites)) != len(self.sites):
+            raise ValueError("each site may stand once in sites")
+        if self.sites and self.quorum is not None and self.quorum > len(self.sites):
+            raise ValueError(f"quorum {self.quorum} is more than the {len(self.sites)} expected sites")
+        return self
+
+    def updates_needed(self, num_asked: int) -> int:
+        """Good updates a round needs when ``num_asked`` sites are asked to train."""
+        return num_asked if self.quorum is None else self.quorum
 
 
 class SimulationConfig(_Section):
@@ -238,6 +263,14 @@ class RunConfig(_Section):
     train: TrainConfig = TrainConfig()
     federation: FederationConfig = FederationConfig()
     simulation: SimulationConfig = SimulationConfig()
+
+    @model_validator(mode="after")
+    def _quorum_under_dropout(self) -> Self:
+        if self.simulation.dropout > 0 and self.federation.quorum is None:
+            raise ValueError(
+                "simulation.dropout fails sites on purpose: say with federation.quorum how many are enough"
+            )
+        return self
 
     def digest(self) -> str:
         """Sha256 of the canonical JSON form, the same at every site and at the centre."""

@@ -1,12 +1,12 @@
-"""Score a checkpoint image by image, with intervals that respect patients, and against another checkpoint.
+"""Score a checkpoint image by image and volume by volume, also against another checkpoint.
 
 Part of the composition root: it uses the client's workbench.
 """
 
 import csv
 import os
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -15,39 +15,31 @@ import numpy as np
 
 from icmoe.checkpoint import Checkpoint, write_json
 from icmoe.data.check_opening import sample_name
-from icmoe.data.manifest import load_manifest
+from icmoe.data.checked import load_check, require_checked
+from icmoe.data.manifest import Manifest, Sample, load_manifest
 from icmoe.errors import ConfigError, DataError
+from icmoe.evaluation_cases import (
+    Case,
+    Geometry,
+    SliceGroup,
+    VolumeCase,
+    choose_geometry,
+    group_slices,
+    score_case,
+    score_volume,
+    surface_scores,
+    voxel_size,
+)
+from icmoe.evaluation_tables import compare, summarise
 from icmoe.examples import load_weights, predict_one, write_example
-from icmoe.metrics import Labels, score_image, surface_dice
 from icmoe.prediction import load_run
-from icmoe.statistics import bootstrap_means, interval, paired_p_value
-from icmoe.types import IGNORE_INDEX, Split
+from icmoe.types import Split
 from icmoe_client.site import Site
 from icmoe_client.workbench import Workbench
 
 MAX_WORST = 12
-METRICS = ("dice", "hd95", "surface_dice", "volume_error")
 
-
-@dataclass(frozen=True)
-class Case:
-    """One class of one image; a metric is ``None`` where the class is not in the truth.
-
-    ``hd95`` is in mm where the spacing is known, else in pixels. ``volume_error`` is (predicted - true) / true area.
-    """
-
-    site: str
-    patient: str
-    image: str
-    slice: str
-    class_name: str
-    dice: float | None
-    hd95: float | None
-    surface_dice: float | None
-    volume_error: float | None
-    true_pixels: int
-    predicted_pixels: int
-    in_mm: bool
+Ranked = tuple[float, Workbench, int]
 
 
 @dataclass(frozen=True)
@@ -57,7 +49,7 @@ class EvaluationRequest:
     Attributes:
         run_dir: of the model.
         data: folder with ``manifest.csv``.
-        out: folder for ``cases.csv``, ``evaluation.json`` and ``worst/``.
+        out: folder for ``cases.csv``, ``volumes.csv``, ``evaluation.json`` and ``worst/``.
         split: which images.
         checkpoint: ``best``, ``final`` or ``round_NNN``.
         against: run directory of the model to compare with.
@@ -79,6 +71,39 @@ class EvaluationRequest:
     seed: int = 0
 
 
+@dataclass(frozen=True)
+class Selection:
+    """The images to score.
+
+    Attributes:
+        root: the data folder.
+        sites: samples by site; a site without any is not in it.
+        left_out: by site, how many images ``data check`` told to leave out.
+    """
+
+    root: Path
+    sites: Mapping[str, tuple[Sample, ...]]
+    left_out: Mapping[str, int]
+
+    def name(self, sample: Sample) -> str:
+        """What an image is called in the tables."""
+        return sample_name(sample, self.root)
+
+    def groups(self, site: str) -> list[SliceGroup]:
+        """The volumes of a site."""
+        samples = self.sites[site]
+        return group_slices(samples, names=[self.name(sample) for sample in samples])
+
+
+@dataclass
+class Scores:
+    """What was measured so far, and the images with their Dice."""
+
+    cases: list[Case] = field(default_factory=list)
+    volumes: list[VolumeCase] = field(default_factory=list)
+    ranked: list[Ranked] = field(default_factory=list)
+
+
 def evaluate_run(request: EvaluationRequest, progress: Callable[[str, int, int], None]) -> dict[str, Any]:
     """Score all images of a split, write the tables and the worst images.
 
@@ -90,111 +115,139 @@ def evaluate_run(request: EvaluationRequest, progress: Callable[[str, int, int],
         What stands in ``evaluation.json``.
 
     Raises:
-        DataError: if the split has no image.
+        DataError: if the split has no usable image, or the data changed since they were checked.
         IcmoeError: of any kind, from loading run, backbone or data.
     """
-    cases, worst = _score(request, request.run_dir, request.checkpoint, progress)
-    _write_worst(request, worst)
+    selection = select_images(load_manifest(request.data), request)
+    geometry, reason = choose_geometry([group for site in selection.sites for group in selection.groups(site)])
+    mine = _score(request, selection, geometry, (request.run_dir, request.checkpoint), progress)
+    _write_worst(request, sorted(mine.ranked, key=lambda item: item[0])[:MAX_WORST])
     result: dict[str, Any] = {
         "run": f"{request.run_dir} {request.checkpoint}",
         "split": request.split,
         "tolerance": request.tolerance,
-        "unit": "mm" if all(case.in_mm for case in cases) else "px",
-        **summarise(cases, seed=request.seed),
+        "geometry": geometry,
+        "geometry_reason": reason,
+        "left_out_by_check": dict(selection.left_out),
+        "against": None,
+        **summarise(mine.cases, mine.volumes, geometry=geometry, seed=request.seed),
     }
     if request.against is not None:
-        others, _ = _score(request, request.against, request.against_checkpoint, progress)
+        other = _score(request, selection, geometry, (request.against, request.against_checkpoint), progress)
         result["against"] = {
             "run": f"{request.against} {request.against_checkpoint}",
-            **compare(cases, others, seed=request.seed),
+            **compare(mine.cases, other.cases, seed=request.seed),
         }
-    _write_cases(request.out / "cases.csv", sorted(cases, key=lambda case: (case.dice is None, case.dice or 0.0)))
+    write_cases(request.out / "cases.csv", sorted(mine.cases, key=lambda case: (case.dice is None, case.dice or 0.0)))
+    write_cases(request.out / "volumes.csv", mine.volumes)
     write_json(request.out / "evaluation.json", result)
     return result
 
 
-def summarise(cases: Sequence[Case], *, seed: int) -> dict[str, Any]:
-    """Means with 95 % intervals per site, per class and over sites, and the means of each patient."""
-    sites = {site: [case for case in cases if case.site == site] for site in sorted({case.site for case in cases})}
-    per_site = {site: _summary(own, seed=seed) for site, own in sites.items()}
-    classes = list(dict.fromkeys(case.class_name for case in cases))
-    draws = [_draws(own, "dice", seed=seed + number) for number, own in enumerate(sites.values())]
-    known = [one for one in draws if one is not None]
-    dice = [summary["dice"]["mean"] for summary in per_site.values() if summary["dice"] is not None]
-    return {
-        "mean_over_sites": {"dice": {"mean": fmean(dice), "ci95": interval(np.mean(known, axis=0))}} if known else None,
-        "sites": per_site,
-        "classes": {name: _summary([case for case in cases if case.class_name == name], seed=seed) for name in classes},
-        "patients": _patients(cases),
-    }
-
-
-def compare(cases: Sequence[Case], others: Sequence[Case], *, seed: int) -> dict[str, Any]:
-    """Paired difference of Dice, this model minus the other: the mean over patients of their images' mean difference.
+def select_images(manifest: Manifest, request: EvaluationRequest) -> Selection:
+    """Images of the split, without those that ``data check`` told training to leave out, as in a simulation.
 
     Raises:
-        DataError: if both were not scored on the same images and classes, or no image has a foreground.
+        DataError: if none is left, or the data changed since they were checked.
     """
-    mine, theirs = (
-        {(case.site, case.patient, case.image, case.class_name): case.dice for case in one if case.dice is not None}
-        for one in (cases, others)
-    )
-    if mine.keys() != theirs.keys() or not mine:
+    skipped = _skipped(request.data)
+    sites, left_out = {}, {}
+    for name in manifest.sites:
+        samples = manifest.select(site=name, split=request.split)
+        usable = tuple(sample for sample in samples if sample_name(sample, manifest.root) not in skipped)
+        if usable:
+            sites[name] = usable
+        if len(usable) < len(samples):
+            left_out[name] = len(samples) - len(usable)
+    if not sites:
+        why = f": the data check left out all {sum(left_out.values())}" if left_out else ""
         raise DataError(
-            "the two models cannot be compared in pairs: they were not scored on the same images and classes, or no "
-            "image has a foreground."
+            f"{request.data} has no image to score in the split {request.split}{why}. Choose another with --split"
+            + (f", or repair the images and run 'icmoe-fl data check {request.data}' again." if left_out else ".")
         )
-    first, second = _per_image(cases, "dice"), _per_image(others, "dice")
-    by_patient: dict[str, list[float]] = {}
-    for key in first:
-        by_patient.setdefault(f"{key[0]}/{key[1]}", []).append(first[key] - second[key])
-    means = [fmean(values) for values in by_patient.values()]
-    return {
-        "difference": fmean(means),
-        "ci95": interval(bootstrap_means(means, list(by_patient), seed=seed)) if len(means) > 1 else None,
-        "p_value": paired_p_value(means, [0.0] * len(means)),
-        "test": "Wilcoxon signed-rank over patients' mean differences, two-sided",
-        "num_patients": len(means),
-        "num_better": sum(mean > 0 for mean in means),
-    }
+    return Selection(manifest.root, sites, left_out)
 
 
-Ranked = tuple[float, Workbench, int]
+def _skipped(data: Path) -> frozenset[str]:
+    """Names of images to leave out. An evaluation may go without a check."""
+    if load_check(data.parent if data.suffix.lower() == ".csv" else data) is None:
+        return frozenset()
+    return frozenset(one.name for one in require_checked(data).skipped)
 
 
 def _score(
-    request: EvaluationRequest, run_dir: Path, checkpoint: str, progress: Callable[[str, int, int], None]
-) -> tuple[list[Case], list[Ranked]]:
-    """All cases of a split, and the images with the lowest Dice."""
+    request: EvaluationRequest,
+    selection: Selection,
+    geometry: Geometry,
+    model: tuple[Path, str],
+    progress: Callable[[str, int, int], None],
+) -> Scores:
+    """Score a model, given as run directory and checkpoint, on all images."""
+    run_dir, checkpoint = model
     run, weights = load_run(run_dir, checkpoint)
-    manifest = load_manifest(request.data)
-    chosen = {name: manifest.select(site=name, split=request.split) for name in manifest.sites}
-    total = sum(len(samples) for samples in chosen.values())
-    if not total:
-        raise DataError(f"{request.data} has no image in the split {request.split}. Choose another with --split.")
-    cases: list[Case] = []
-    ranked: list[Ranked] = []
-    for name, samples in chosen.items():
+    total = sum(len(samples) for samples in selection.sites.values())
+    scores, done = Scores(), 0
+    for name, samples in selection.sites.items():
         site = Site(name, samples, run_dir / "sites" / name, checkpoint=request.backbone_checkpoint)
         bench = Workbench.prepare(site, run)
         bench.encode(request.split, progress=lambda done, all_: progress("Encoding", done, all_))
-        data = bench.dataset(request.split)
         _load(bench, weights)
-        for index, sample in enumerate(samples):
-            prediction, _ = predict_one(bench, data, index)
-            own = score_case(
-                prediction,
-                data.original_labels(index),
-                where=(name, sample.patient, sample_name(sample, manifest.root), sample.slice),
-                classes=tuple(run.task.classes),
-                spacing=sample.spacing,
-                tolerance=request.tolerance,
-            )
-            cases += own
-            dice = [case.dice for case in own if case.dice is not None]
-            ranked += [(fmean(dice), bench, index)] if dice else []
-            progress("Scoring", len(cases) // len(own), total)
-    return cases, sorted(ranked, key=lambda item: item[0])[:MAX_WORST]
+        for group in selection.groups(name):
+            _score_group(request, selection, geometry, (bench, group), scores)
+            done += len(group.indices)
+            progress("Scoring", done, total)
+    return scores
+
+
+def _score_group(
+    request: EvaluationRequest,
+    selection: Selection,
+    geometry: Geometry,
+    of: tuple[Workbench, SliceGroup],
+    scores: Scores,
+) -> None:
+    """Add one volume, or the pictures of one patient."""
+    bench, group = of
+    data = bench.dataset(request.split)
+    classes = tuple(bench.run.task.classes)
+    voxel = voxel_size(data.samples[group.indices[0]])
+    own, spacings, stack = [], [], []
+    for index in group.indices:
+        sample = data.samples[index]
+        prediction, _ = predict_one(bench, data, index)
+        truth = data.original_labels(index)
+        spacing = sample.spacing or (voxel[1:] if voxel else None)
+        where = (sample.site, sample.patient, selection.name(sample), sample.slice)
+        cases = score_case(
+            prediction, truth, where=where, classes=classes, spacing=spacing, tolerance=request.tolerance
+        )
+        dice = [case.dice for case in cases if case.dice is not None]
+        scores.ranked += [(fmean(dice), bench, index)] if dice else []
+        own += cases
+        spacings.append(spacing)
+        if geometry == "3-D" and group.is_whole:
+            stack.append((prediction, truth))
+    scores.cases += own
+    distance = voxel[0] if voxel and group.is_whole else None
+    volumes = score_volume(own, volume=group.volume, spacings=spacings, slice_distance=distance)
+    if stack and voxel:
+        volumes = _add_surfaces(volumes, stack, spacing=voxel, tolerance=request.tolerance)
+    scores.volumes += volumes
+
+
+def _add_surfaces(
+    volumes: Sequence[VolumeCase],
+    stack: Sequence[tuple[np.ndarray, np.ndarray]],
+    *,
+    spacing: tuple[float, float, float],
+    tolerance: float,
+) -> list[VolumeCase]:
+    prediction, truth = (np.stack(slices) for slices in zip(*stack, strict=True))
+    found = []
+    for class_id, volume in enumerate(volumes, start=1):
+        hd95, share = surface_scores(prediction, truth, class_id=class_id, spacing=spacing, tolerance=tolerance)
+        found.append(replace(volume, hd95=hd95, surface_dice=share, unit="mm"))
+    return found
 
 
 def _load(bench: Workbench, weights: Checkpoint) -> None:
@@ -207,101 +260,6 @@ def _load(bench: Workbench, weights: Checkpoint) -> None:
         )
 
 
-def score_case(
-    prediction: Labels,
-    truth: Labels,
-    *,
-    where: tuple[str, str, str, str],
-    classes: Sequence[str],
-    spacing: tuple[float, float] | None,
-    tolerance: float,
-) -> list[Case]:
-    """All metrics of one image, a case per foreground class.
-
-    Args:
-        prediction: (H, W) class ids.
-        truth: (H, W) class ids with ``IGNORE_INDEX``.
-        where: site, patient, image, slice.
-        classes: names in order.
-        spacing: mm per pixel (row, column).
-        tolerance: of the surface Dice.
-    """
-    num_classes = len(classes) + 1
-    score = score_image(prediction, truth, num_classes=num_classes, with_hd95=True, spacing=spacing)
-    surface = surface_dice(prediction, truth, num_classes=num_classes, tolerance=tolerance, spacing=spacing)
-    counted = truth != IGNORE_INDEX
-    cases = []
-    for index, name in enumerate(classes):
-        true = int(((truth == index + 1) & counted).sum())
-        predicted = int(((prediction == index + 1) & counted).sum())
-        cases.append(
-            Case(
-                *where,
-                class_name=name,
-                dice=score.dice[index],
-                hd95=score.hd95[index] if score.hd95 else None,
-                surface_dice=surface[index],
-                volume_error=(predicted - true) / true if true else None,
-                true_pixels=true,
-                predicted_pixels=predicted,
-                in_mm=spacing is not None,
-            )
-        )
-    return cases
-
-
-def _summary(cases: Sequence[Case], *, seed: int) -> dict[str, Any]:
-    scored = [case for case in cases if case.dice is not None]
-    summary: dict[str, Any] = {
-        "num_images": len({(case.site, case.patient, case.image) for case in scored}),
-        "num_patients": len({(case.site, case.patient) for case in scored}),
-    }
-    for metric in METRICS:
-        values = list(_per_image(cases, metric).values())
-        draws = _draws(cases, metric, seed=seed)
-        summary[metric] = None if draws is None else {"mean": fmean(values), "ci95": _interval(draws, summary)}
-    return summary
-
-
-def _interval(draws: Any, summary: dict[str, Any]) -> tuple[float, float] | None:
-    """``None`` for a single patient, who says nothing about the next one."""
-    return interval(draws) if summary["num_patients"] > 1 else None
-
-
-def _draws(cases: Sequence[Case], metric: str, *, seed: int) -> Any:
-    values = _per_image(cases, metric)
-    if not values:
-        return None
-    return bootstrap_means(list(values.values()), [f"{site}/{patient}" for site, patient, _ in values], seed=seed)
-
-
-def _per_image(cases: Iterable[Case], metric: str) -> dict[tuple[str, str, str], float]:
-    """Mean over the classes present, by site, patient and image."""
-    images: dict[tuple[str, str, str], list[float]] = {}
-    for case in cases:
-        value = getattr(case, metric)
-        if value is not None:
-            images.setdefault((case.site, case.patient, case.image), []).append(value)
-    return {image: fmean(values) for image, values in images.items()}
-
-
-def _patients(cases: Sequence[Case]) -> list[dict[str, Any]]:
-    """Per patient: means over images, and the volume error over all slices together; lowest Dice first."""
-    groups: dict[tuple[str, str], list[Case]] = {}
-    for case in cases:
-        groups.setdefault((case.site, case.patient), []).append(case)
-    rows = []
-    for (site, patient), own in groups.items():
-        true = sum(case.true_pixels for case in own)
-        row: dict[str, Any] = {"site": site, "patient": patient, "num_images": len({case.image for case in own})}
-        for metric in ("dice", "hd95", "surface_dice"):
-            values = _per_image(own, metric).values()
-            row[metric] = fmean(values) if values else None
-        row["volume_error"] = (sum(case.predicted_pixels for case in own) - true) / true if true else None
-        rows.append(row)
-    return sorted(rows, key=lambda row: (row["dice"] is None, row["dice"] or 0.0))
-
-
 def _write_worst(request: EvaluationRequest, worst: Sequence[Ranked]) -> None:
     folder = request.out / "worst"
     folder.mkdir(parents=True, exist_ok=True)
@@ -311,10 +269,11 @@ def _write_worst(request: EvaluationRequest, worst: Sequence[Ranked]) -> None:
         write_example(folder / f"{number:02d}.npz", bench, bench.dataset(request.split), index)
 
 
-def _write_cases(path: Path, cases: Sequence[Case]) -> None:
+def write_cases(path: Path, cases: Sequence[Case] | Sequence[VolumeCase]) -> None:
+    """Write a line per case; there is at least one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with temporary.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Case)])
+        writer = csv.DictWriter(file, [field.name for field in fields(cases[0])])
         writer.writeheader()
         writer.writerows(asdict(case) for case in cases)
     temporary.replace(path)

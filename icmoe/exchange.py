@@ -29,12 +29,14 @@ class Instruction:
         run_json: the ``RunConfig``.
         config_digest: its digest.
         server_round: from 1. For ``validate`` and ``test`` the round whose aggregate is scored.
+        site: whom the centre asks, by the key it registered; a site of another name refuses.
     """
 
     job: Job
     run_json: str
     config_digest: str
     server_round: int
+    site: str
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,9 @@ def check_report(
         IncompatibleUpdateError: naming the first thing that is wrong.
     """
     if report.site != site:
-        raise IncompatibleUpdateError(f"the reply claims to come from site {report.site!r}")
+        raise IncompatibleUpdateError(
+            f"the reply claims to come from site {report.site!r}, but its key is that of {site!r}"
+        )
     _expect("round", report.server_round, server_round)
     _expect("run config", report.config_digest, config_digest)
     _expect("backbone", report.backbone_digest, backbone_digest)

@@ -30,6 +30,7 @@ def pack_instruction(instruction: Instruction, arrays: Arrays) -> RecordDict:
             "run-config": instruction.run_json,
             "config-sha256": instruction.config_digest,
             "server-round": instruction.server_round,
+            "site": instruction.site,
         }
     )
     return RecordDict({ARRAYS: pack_arrays(arrays), ABOUT: about})
@@ -51,6 +52,7 @@ def unpack_instruction(content: RecordDict) -> tuple[Instruction, dict[str, Arra
             run_json=str(about["run-config"]),
             config_digest=str(about["config-sha256"]),
             server_round=int(about["server-round"]),  # type: ignore[arg-type]
+            site=str(about["site"]),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ExchangeError(f"the centre's message is malformed ({error}); run the same icmoe-fl everywhere") from error

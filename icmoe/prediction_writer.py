@@ -154,7 +154,8 @@ class Writer:
             if folder.is_dir() and not any(folder.iterdir()):
                 return False
             raise ConfigError(
-                f"{folder} is there and no prediction of ours, so it is left alone. Choose another --out."
+                f"{folder} has the name that the outputs of {item.path} get, but holds no prediction of ours, so it is "
+                "left alone. Choose another --out, or move or rename what is there."
             )
         if overwrite:
             return False

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import yaml
 
-from icmoe.checkpoint import Checkpoint, holds_run, save_checkpoint, write_json, write_text
+from icmoe.checkpoint import holds_run, write_json
 from icmoe.config import RunConfig
 from icmoe.cpu_time import CpuMeter
 from icmoe.data.check_opening import sample_name
@@ -23,12 +22,12 @@ from icmoe.data.checked import load_check, require_checked
 from icmoe.data.intensity import STORED
 from icmoe.data.manifest import load_manifest
 from icmoe.data.partition import partition_sites
-from icmoe.errors import ConfigError, RunError
+from icmoe.errors import ConfigError
 from icmoe.examples import write_examples
+from icmoe.first_checkpoint import open_run_directory
 from icmoe.flower import Context, run_in_simulation
 from icmoe.references import run_references
 from icmoe.report import write_report, write_tensorboard
-from icmoe.training import dump_arrays
 from icmoe.types import SPLITS
 from icmoe_client.app import make_client_app
 from icmoe_client.site import Site
@@ -103,7 +102,7 @@ def simulate(request: SimulationRequest, watcher: Watcher) -> dict[str, Any]:
         bench = encode_everything(request, sites, watcher)
         if request.replaces is not None and request.replaces.exists():
             shutil.rmtree(request.replaces)
-        _open_run(request, bench)
+        open_run_directory(request.out, request.run, bench.backbone, bench.model)
         if not (request.out / "results.json").exists():
             watcher.stage("Training")
             _run_flower(request, sites, watcher)
@@ -200,12 +199,18 @@ def _check_request(request: SimulationRequest, sites: tuple[Site, ...]) -> None:
         ConfigError: if the run needs more sites than there are, or the folder holds a run and neither resuming was
             asked for, nor is it the same run.
     """
-    out, digest, wanted = request.out, request.run.digest(), request.run.federation.min_replies
-    num_asked = request.run.simulation.num_asked(len(sites))
-    if wanted > num_asked:
+    out, digest, federation = request.out, request.run.digest(), request.run.federation
+    names = {site.name for site in sites}
+    if federation.sites and set(federation.sites) != names:
         raise ConfigError(
-            f"federation.min_replies is {wanted}, but each round asks {num_asked} of the {len(sites)} sites in the "
-            "data; lower it, or raise simulation.fraction_train."
+            f"federation.sites expects {', '.join(sorted(federation.sites))}, but the data has "
+            f"{', '.join(sorted(names))}. Make them the same, or leave federation.sites out of a simulation."
+        )
+    num_asked = request.run.simulation.num_asked(len(sites))
+    if federation.updates_needed(num_asked) > num_asked:
+        raise ConfigError(
+            f"federation.quorum is {federation.quorum}, but each round asks {num_asked} of the {len(sites)} sites in "
+            "the data; lower it, or raise simulation.fraction_train."
         )
     if holds_run(out) and request.replaces is None:
         if not request.resume:
@@ -215,27 +220,6 @@ def _check_request(request: SimulationRequest, sites: tuple[Site, ...]) -> None:
                 f"{out} holds a run of another config, so it cannot be resumed with this one. "
                 f"Resume with {out / 'config.yaml'}, or choose another --out."
             )
-
-
-def _open_run(request: SimulationRequest, bench: Workbench) -> None:
-    """Write config and first checkpoint where a resumed run has not done so already.
-
-    The digest comes first: it makes the folder a run that --resume and --overwrite accept, whatever is killed after it.
-
-    Raises:
-        RunError: if the folder cannot be written.
-    """
-    out, digest = request.out, request.run.digest()
-    try:
-        write_text(out / "config.sha256", digest + "\n")
-        write_text(out / "config.yaml", yaml.safe_dump(request.run.model_dump(mode="json"), sort_keys=False))
-        if any((out / "checkpoints").glob("round_*")):
-            return
-        shared = set(bench.shared())
-        initial = {name: array for name, array in dump_arrays(bench.model).items() if name in shared}
-        save_checkpoint(out, Checkpoint(0, digest, bench.backbone.digest(), initial, {}))
-    except OSError as error:
-        raise RunError(f"cannot write the run directory {out}: {error.strerror}. Choose another --out.") from error
 
 
 def _run_flower(request: SimulationRequest, sites: tuple[Site, ...], watcher: Watcher) -> None:

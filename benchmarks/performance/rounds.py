@@ -124,9 +124,8 @@ def _site_work(request: SimulationRequest, share: Share) -> Round:
     arrays = {name: array for name, array in dump_arrays(bench.model).items() if name in shared}
 
     def work(server_round: int) -> None:
-        instruction = Instruction("train", run.model_dump_json(), run.digest(), server_round)
         for site in sites:
-            carry_out(site, instruction, arrays)
+            carry_out(site, Instruction("train", run.model_dump_json(), run.digest(), server_round, site.name), arrays)
 
     return work
 

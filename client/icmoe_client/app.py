@@ -6,7 +6,7 @@ from collections.abc import Callable
 from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 
-from icmoe.config import parse_run_config
+from icmoe.config import RunConfig, parse_run_config
 from icmoe.errors import ConfigError, ExchangeError, IcmoeError, PrivacyError
 from icmoe.flower import pack_report, pack_site_name, reply, unpack_instruction
 from icmoe_client.site import Site
@@ -20,11 +20,17 @@ _SAFE_TO_SEND = (ConfigError, ExchangeError, PrivacyError)
 logger = logging.getLogger(__name__)
 
 
-def make_client_app(resolve_site: Callable[[Context], Site], *, simulated: bool = False) -> ClientApp:
+def make_client_app(
+    resolve_site: Callable[[Context], Site],
+    *,
+    admit: Callable[[RunConfig], None] = lambda run: None,
+    simulated: bool = False,
+) -> ClientApp:
     """Build the app.
 
     Args:
-        resolve_site: tells from Flower's context which site this process is.
+        resolve_site: tells from Flower's context which site this process is; opens its manifest.
+        admit: raises ``PolicyError`` for a run that this site does not allow; called before ``resolve_site``.
         simulated: lets ``simulation.dropout`` fail rounds.
 
     Returns:
@@ -33,21 +39,22 @@ def make_client_app(resolve_site: Callable[[Context], Site], *, simulated: bool 
     app = ClientApp()
 
     def work(message: Message, context: Context) -> Message:
-        site = resolve_site(context)
         try:
             instruction, arrays = unpack_instruction(message.content)
-            if simulated and instruction.job == "train":
-                run = parse_run_config(instruction.run_json, source="the run config")
-                if simulated_dropout(run, site.name, instruction.server_round):
-                    return _refusal(message, "simulated dropout")
+            run = parse_run_config(instruction.run_json, source="the centre's run config")
+            admit(run)
+            site = resolve_site(context)
+            train = instruction.job == "train"
+            if simulated and train and simulated_dropout(run, site.name, instruction.server_round):
+                return _refusal(message, "simulated dropout")
             report, update = carry_out(site, instruction, arrays)
             return reply(message, pack_report(report, update))
         except IcmoeError as error:
-            logger.error("site %s: %s", site.name, error)
+            logger.error("%s", error)
             return _refusal(message, describe_for_centre(error))
         except Exception as error:
             # Flower would send the text of the exception; it may hold a path or a pixel value.
-            logger.exception("site %s: internal error", site.name)
+            logger.exception("internal error")
             return _refusal(message, f"internal error ({type(error).__name__}); the site's log has the details")
 
     @app.query()

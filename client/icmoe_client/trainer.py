@@ -34,6 +34,11 @@ def carry_out(site: Site, instruction: Instruction, arrays: Arrays) -> tuple[Sit
         BackboneError: if the frozen weights changed.
         DataError: if the images cannot be used.
     """
+    if instruction.site != site.name:
+        raise ExchangeError(
+            f"the centre asked {instruction.site!r}, but this site calls itself {site.name!r}: its key is registered "
+            "under the other name. Enrol this site under its own name."
+        )
     run = parse_run_config(instruction.run_json, source="the centre's run config")
     if run.digest() != instruction.config_digest:
         raise ExchangeError(

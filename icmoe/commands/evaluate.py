@@ -28,9 +28,11 @@ def evaluate(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
 ) -> None:
-    """Score a checkpoint: Dice, HD95, surface Dice and volume error per class, patient and site, with 95 % intervals.
+    """Score a checkpoint: Dice, HD95, surface Dice and volumes per class, patient and site, with 95 % intervals.
 
-    Writes cases.csv (one line per image and class), evaluation.json and evaluation.html, which shows the worst images.
+    Writes cases.csv (a line per image and class), volumes.csv (a line per volume and class), evaluation.json and
+    evaluation.html, which shows the worst images. Images that 'icmoe-fl data check' left out are not scored. HD95 and
+    surface Dice are taken in 3-D where all images are slices of volumes, else per slice.
 
     Example: icmoe-fl evaluate runs/cardiac --data ../shared/data/cardiac_mri --against runs/other
     """
@@ -72,21 +74,38 @@ def evaluate(
 
 
 def _print(result: dict[str, Any]) -> None:
-    table = Table(title="mean over images, with 95 % intervals over patients")
-    for name in ("", "patients", "Dice", f"HD95 ({result['unit']})", "surface Dice"):
+    table = Table(title="means, with 95 % intervals over patients")
+    surface = result["geometry"]
+    columns = ("patients", "Dice", "unit", f"HD95 ({surface})", f"surface Dice ({surface})", "volume", "|volume|")
+    for name in ("", *columns):
         table.add_column(name, justify="right" if name else "left")
     for group in ("sites", "classes"):
         for name, row in result[group].items():
-            table.add_row(name, str(row["num_patients"]), *(_cell(row[m]) for m in ("dice", "hd95", "surface_dice")))
+            volumes = (_cell(row[m], percent=True) for m in ("volume_difference", "absolute_volume_difference"))
+            distances = (_cell(row[metric]) for metric in ("hd95", "surface_dice"))
+            table.add_row(name, str(row["num_patients"]), _cell(row["dice"]), row["unit"] or "-", *distances, *volumes)
         table.add_section()
     Console().print(table)
+    _print_notes(result)
     if against := result.get("against"):
         p_value = "too few patients for a test" if against["p_value"] is None else f"p = {against['p_value']:.2g}"
         bounds = " ({:+.4f} to {:+.4f})".format(*against["ci95"]) if against["ci95"] else ""
         typer.echo(f"Against {against['run']}: {against['difference']:+.4f} Dice{bounds}, {p_value}.")
 
 
-def _cell(value: dict[str, Any] | None) -> str:
+def _print_notes(result: dict[str, Any]) -> None:
+    typer.echo(f"HD95 and surface Dice are {result['geometry']}: {result['geometry_reason']}.")
+    what = "volumes without 3 consecutive slices" if result["geometry"] == "3-D" else "images without a spacing"
+    for name, row in result["sites"].items():
+        if row["num_surfaces_left_out"]:
+            typer.echo(f"{name}: {row['num_surfaces_left_out']} {what} are left out of HD95 and surface Dice.")
+    for name, number in result["left_out_by_check"].items():
+        typer.echo(f"{name}: {number} images that the data check left out are not scored.")
+
+
+def _cell(value: dict[str, Any] | None, *, percent: bool = False) -> str:
     if value is None:
         return "-"
-    return f"{value['mean']:.3f}" + (" ({:.3f}-{:.3f})".format(*value["ci95"]) if value["ci95"] else "")
+    numbers = [value["mean"], *(value["ci95"] or ())]
+    texts = [f"{100 * number:.1f} %" if percent else f"{number:.3f}" for number in numbers]
+    return texts[0] + (f" ({texts[1]} to {texts[2]})" if len(texts) > 1 else "")

@@ -2,12 +2,15 @@
 
 import shutil
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from icmoe.errors import ConfigError
+
+if TYPE_CHECKING:
+    from icmoe.prediction import Predictor
 
 FORMATS = ("adapters", "onnx", "monai")
 
@@ -41,11 +44,13 @@ def export(
         raise ConfigError(f"{out} is not empty. Choose another --out, or give --overwrite.")
 
     from icmoe.export.card import CARD, write_adapters
+    from icmoe.export.onnx_file import onnx_files
     from icmoe.prediction import Predictor, load_run
 
     console = Console(stderr=True)
     # Of another export: what stands beside a new model card has to be of the same checkpoint.
-    (out / "model.onnx").unlink(missing_ok=True)
+    for old in onnx_files(out):
+        old.unlink()
     shutil.rmtree(out / "monai_bundle", ignore_errors=True)
     run, weights = load_run(run_dir, checkpoint)
     write_adapters(out, run_dir, run, weights)
@@ -53,21 +58,32 @@ def export(
     if wanted == ("adapters",):
         return
 
-    from icmoe.export.network import DeployedNetwork
-
-    network = DeployedNetwork.of(Predictor.load(run, weights, backbone_checkpoint=backbone_checkpoint))
+    predictor = Predictor.load(run, weights, backbone_checkpoint=backbone_checkpoint)
     if "onnx" in wanted:
-        from icmoe.export.onnx_file import write_onnx
-
-        with console.status("Writing ONNX and comparing it with torch"):
-            check = write_onnx(network, out / "model.onnx")
-        console.print(
-            f"ONNX: {out / 'model.onnx'}; differs from torch by at most {check.max_difference:.1e}, same class on "
-            f"{check.agreement:.2%} of pixels",
-            soft_wrap=True,
-        )
+        _write_onnx(out, run_dir, predictor, console)
     if "monai" in wanted:
         from icmoe.export.monai_bundle import write_bundle
+        from icmoe.export.network import DeployedNetwork
 
+        network = DeployedNetwork.of(predictor)
         write_bundle(out / "monai_bundle", network, run, (out / CARD).read_text(encoding="utf-8"))
         console.print(f"MONAI bundle: {out / 'monai_bundle'}", soft_wrap=True)
+
+
+def _write_onnx(out: Path, run_dir: Path, predictor: "Predictor", console: Console) -> None:
+    from icmoe.export.check_images import check_images
+    from icmoe.export.network import DeployedNetwork
+    from icmoe.export.onnx_file import write_onnx
+
+    network = DeployedNetwork.of(predictor)
+    images = check_images(network, predictor.spec, run_dir)
+    with console.status("Writing ONNX and comparing it with torch"):
+        check = write_onnx(network, out / "model.onnx", images)
+    console.print(
+        f"ONNX: {out / 'model.onnx'}; differs from torch by at most {check.max_difference:.1e}, same class on at least "
+        f"{check.agreement:.2%} of pixels of each of {len(check.images)} images: {', '.join(check.images)}",
+        soft_wrap=True,
+        highlight=False,
+    )
+    if len(check.files) > 1:
+        console.print(f"Its weights are too large for one file: keep {' and '.join(check.files)} together.")

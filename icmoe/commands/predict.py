@@ -12,6 +12,8 @@ from icmoe.errors import ConfigError, DataError, ManifestError
 from icmoe.types import AXES, Axis
 
 if TYPE_CHECKING:
+    from icmoe.checkpoint import Checkpoint
+    from icmoe.config import RunConfig
     from icmoe.data.inputs import Input
     from icmoe.prediction import Predictor
     from icmoe.prediction_writer import Request, Writer
@@ -19,47 +21,56 @@ if TYPE_CHECKING:
 FORMATS = ("auto", "png", "nifti", "seg")
 
 
+MAPS = ("probability", "uncertainty", "votes", "overlay")
+
+Format = Annotated[
+    str,
+    typer.Option(
+        "--format",
+        help="Of the mask: png (pictures), nifti (volumes), seg (DICOM SEG, for DICOM). auto: png for pictures, "
+        "nifti for NIfTI, seg for DICOM series.",
+    ),
+]
+Intensity = Annotated[
+    str,
+    typer.Option(
+        metavar="RULE",
+        help="stored, window:LOW:HIGH or percentile:LOW:HIGH. Default: as in training where the run says so, "
+        "else by modality.",
+    ),
+]
+Source = Annotated[
+    Path,
+    typer.Argument(
+        metavar="INPUT", help="A picture, a NIfTI volume, the folder of a DICOM series, or a folder with many."
+    ),
+]
+PlaneOfSlices = Annotated[
+    str, typer.Option(help="axial, coronal or sagittal: cut volumes across it. Default: plane of acquisition.")
+]
+Uncertainty = Annotated[
+    bool, typer.Option("--uncertainty", help="Also the entropy of the experts' vote per voxel, in nats.")
+]
+Overlay = Annotated[bool, typer.Option("--overlay", help="Also PNGs with outlines; of a volume, up to 12 slices.")]
+PretrainedWeights = Annotated[
+    Path | None, typer.Option(help="File with pretrained weights, for sam_vit_* and medsam_vit_b.")
+]
+
+
 def predict(
     run_dir: Annotated[Path, typer.Argument(help="A run directory with config.yaml and checkpoints.")],
-    source: Annotated[
-        Path,
-        typer.Argument(
-            metavar="INPUT", help="A picture, a NIfTI volume, the folder of a DICOM series, or a folder with many."
-        ),
-    ],
+    source: Source,
     out: Annotated[Path, typer.Option(help="Folder for the outputs, one folder in it per input.")],
-    form: Annotated[
-        str,
-        typer.Option(
-            "--format",
-            help="Of the mask: png (pictures), nifti (volumes), seg (DICOM SEG, for DICOM). auto: png for pictures, "
-            "nifti for NIfTI, seg for DICOM series.",
-        ),
-    ] = "auto",
+    form: Format = "auto",
     probability: Annotated[bool, typer.Option("--probability", help="Also a probability map per class.")] = False,
-    uncertainty: Annotated[
-        bool, typer.Option("--uncertainty", help="Also the entropy of the experts' vote per voxel, in nats.")
-    ] = False,
+    uncertainty: Uncertainty = False,
     votes: Annotated[bool, typer.Option("--votes", help="Also each expert's share of the vote.")] = False,
-    overlay: Annotated[
-        bool, typer.Option("--overlay", help="Also PNGs with outlines; of a volume, up to 12 slices.")
-    ] = False,
-    intensity: Annotated[
-        str,
-        typer.Option(
-            metavar="RULE",
-            help="stored, window:LOW:HIGH or percentile:LOW:HIGH. Default: as in training where the run says so, "
-            "else by modality.",
-        ),
-    ] = "",
-    axis: Annotated[
-        str, typer.Option(help="axial, coronal or sagittal: cut volumes across it. Default: plane of acquisition.")
-    ] = "",
+    overlay: Overlay = False,
+    intensity: Intensity = "",
+    axis: PlaneOfSlices = "",
     frame: Annotated[str, typer.Option(metavar="N", help="Which volume of 4-D NIfTI files, from 0.")] = "",
     checkpoint: Annotated[str, typer.Option(help="best, final or round_NNN.")] = "best",
-    backbone_checkpoint: Annotated[
-        Path | None, typer.Option(help="File with pretrained weights, for sam_vit_* and medsam_vit_b.")
-    ] = None,
+    backbone_checkpoint: PretrainedWeights = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Predict again what is in --out already.")] = False,
 ) -> None:
     """Segment images with a trained model; masks come in the geometry of their images.
@@ -71,27 +82,13 @@ def predict(
     Example: icmoe-fl predict runs/cardiac patient7.nii.gz --out masks --overlay
     """
     from icmoe.data.inputs import find_inputs
-    from icmoe.data.manifest import list_findings
-    from icmoe.prediction import Predictor, load_run, trained_intensity
+    from icmoe.prediction import load_run, trained_intensity
     from icmoe.prediction_writer import Request, Writer
 
-    request = Request(
-        form=form,
-        maps=tuple(
-            name
-            for name, wanted in (
-                ("probability", probability),
-                ("uncertainty", uncertainty),
-                ("votes", votes),
-                ("overlay", overlay),
-            )
-            if wanted
-        ),
-        intensity=intensity,
-        axis=_choose_axis(axis),
-        frame=frame,
-    )
-    _check_options(request, out)
+    wanted = zip(MAPS, (probability, uncertainty, votes, overlay), strict=True)
+    maps = tuple(name for name, is_wanted in wanted if is_wanted)
+    request = Request(form=form, maps=maps, intensity=intensity, axis=_choose_axis(axis), frame=frame)
+    _check_options(request, source, out)
     items = find_inputs(source, out=out, frame=frame)
     for item in items:
         request.mask_form(item)
@@ -99,20 +96,36 @@ def predict(
     request = replace(request, intensity=intensity or trained_intensity(run_dir))
     writer = Writer(out, run, found, request)
     todo = [item for item in items if not writer.is_done(item, overwrite=overwrite)]
-    console = Console(stderr=True)
-    if len(todo) < len(items):
-        console.print(f"{len(items) - len(todo)} of {len(items)} inputs are done already and skipped")
-    failed = {}
-    if todo:
-        predictor = Predictor.load(run, found, backbone_checkpoint=backbone_checkpoint)
-        failed = predict_inputs(todo, writer, predictor, console)
+    failed = _predict_what_is_left(todo, len(items), writer, (run, found, backbone_checkpoint))
     typer.echo(f"Masks of {len(items) - len(failed)} of {len(items)} inputs: {out}")
+    _report_failures(failed, len(items))
+
+
+def _predict_what_is_left(
+    todo: "list[Input]", num_inputs: int, writer: "Writer", model: "tuple[RunConfig, Checkpoint, Path | None]"
+) -> dict[str, str]:
+    """Reasons of the inputs that failed, by name. Without anything left to do no model is loaded."""
+    from icmoe.prediction import Predictor
+
+    console = Console(stderr=True)
+    if len(todo) < num_inputs:
+        console.print(f"{num_inputs - len(todo)} of {num_inputs} inputs are done already and skipped")
+    if not todo:
+        return {}
+    run, checkpoint, backbone_checkpoint = model
+    predictor = Predictor.load(run, checkpoint, backbone_checkpoint=backbone_checkpoint)
+    return predict_inputs(todo, writer, predictor, console)
+
+
+def _report_failures(failed: dict[str, str], num_inputs: int) -> None:
+    from icmoe.data.manifest import list_findings
+
     if failed:
         findings = list_findings([f"{name}: {reason}" for name, reason in failed.items()])
-        raise DataError(f"{len(failed)} of {len(items)} inputs could not be segmented:\n{findings}")
+        raise DataError(f"{len(failed)} of {num_inputs} inputs could not be segmented:\n{findings}")
 
 
-def _check_options(request: "Request", out: Path) -> None:
+def _check_options(request: "Request", source: Path, out: Path) -> None:
     from icmoe.data.intensity import IntensityRule
 
     if request.form not in FORMATS:
@@ -123,6 +136,12 @@ def _check_options(request: "Request", out: Path) -> None:
         raise ConfigError(f"--intensity: {error}") from error
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out} is a file; --out takes a folder.")
+    # What lies in --out counts as output and is never segmented.
+    if source.is_dir() and source.resolve().is_relative_to(out.resolve()):
+        raise ConfigError(
+            f"the input {source} lies in --out {out}, where only outputs are looked for. Choose a folder for --out "
+            f"that does not hold the images, such as {source.resolve().with_name(source.resolve().name + '_masks')}."
+        )
 
 
 def _choose_axis(text: str) -> Axis | None:

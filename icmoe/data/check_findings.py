@@ -84,6 +84,15 @@ KINDS: dict[str, Kind] = {
         "warning", "Nearly the same image under two patients",
         "Look at both: if they show one patient, give them one id and one split.",
     ),
+    "one-patient": Kind(
+        "warning", "All images of a site under one patient",
+        "Anonymisation often gives everybody one id. Then tell patients apart by path: icmoe-fl data import with "
+        "--patient-pattern.",
+    ),
+    "patient-id-missing": Kind(
+        "warning", "DICOM images without PatientID, each a patient of its own",
+        "If a patient has several of them, one may lie in two splits: icmoe-fl data import with --patient-pattern.",
+    ),
     "empty-mask": Kind(
         "warning", "Empty mask", "Fine where the image shows none of the classes; else finish the drawing."
     ),

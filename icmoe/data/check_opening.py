@@ -4,19 +4,18 @@ Runs in worker processes, so it imports no torch.
 """
 
 import hashlib
-import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pydicom
 from PIL import Image
-from pydicom import uid
 
 from icmoe.data import dicom
+from icmoe.data.check_files import FileState, read_states
+from icmoe.data.check_headers import Problem, header_problems, lacks_patient_id
 from icmoe.data.manifest import Sample
 from icmoe.data.sources import image_digest, load_pixels, load_raw_labels
 from icmoe.data.volumes import read_volume
@@ -27,17 +26,8 @@ SIGNATURE_SIDE = 16
 THUMBNAIL_SIDE = 64
 MAX_LABEL_VALUES = 64
 _SCALES = (255.0, 65535.0)
-_TEXT_PRONE = (
-    uid.SecondaryCaptureImageStorage, uid.UltrasoundImageStorage, uid.UltrasoundMultiFrameImageStorage,
-    uid.MultiFrameGrayscaleByteSecondaryCaptureImageStorage, uid.MultiFrameTrueColorSecondaryCaptureImageStorage,
-    uid.UID("1.2.840.10008.5.1.4.1.1.6"), uid.UID("1.2.840.10008.5.1.4.1.1.3"),
-)  # fmt: skip
-"""Kinds of image that carry drawn-in text by habit; the last two are the retired ultrasound classes."""
-_HEADER_TAGS = ["SOPClassUID", "BurnedInAnnotation", "PatientName", "PatientID"]
 
 Grey = npt.NDArray[np.float32]
-Problem = tuple[str, str]
-"""Code of a finding and what is to be said."""
 
 
 @dataclass(frozen=True)
@@ -78,11 +68,15 @@ class Opened:
         pixels: ``None`` where the image cannot be read.
         labels: number of pixels by raw mask value, the 64 most frequent; ``None`` where the mask cannot be read.
         problems: what is wrong with these files by themselves.
+        lacks_patient_id: it is DICOM and its header names no patient.
+        files: states of the files; of lines read together, the first has them all.
     """
 
     pixels: Pixels | None
     labels: dict[int, int] | None
     problems: tuple[Problem, ...]
+    lacks_patient_id: bool = False
+    files: tuple[FileState, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -117,13 +111,15 @@ def open_together(samples: Sequence[Sample], *, root: Path) -> tuple[Opened, ...
         root: the data folder, left out of messages.
     """
     first = samples[0]
+    states = read_states(samples, root=root)
     if first.axis:
         try:
             read_volume(first.image, series=first.series, frame=first.frame)
         except DataError as error:
             return (_unreadable(first, error, root),) * len(samples)
     broken: dict[Path, tuple[Problem, ...]] = {}
-    return tuple(open_sample(sample, root=root, broken=broken) for sample in samples)
+    opened = [open_sample(sample, root=root, broken=broken) for sample in samples]
+    return (replace(opened[0], files=states), *opened[1:])
 
 
 def open_sample(sample: Sample, *, root: Path, broken: dict[Path, tuple[Problem, ...]] | None = None) -> Opened:
@@ -142,17 +138,18 @@ def open_sample(sample: Sample, *, root: Path, broken: dict[Path, tuple[Problem,
     try:
         image = load_pixels(sample)
         pixels = describe_pixels(image, image_digest(sample))
-        problems += header_problems(sample, root=root)
+        problems += header_problems(sample, name=sample_name(sample, root))
+        nameless = lacks_patient_id(sample)
     except DataError as error:
         return _unreadable(sample, error, root)
     if pixels.constant:
         problems.append(("constant-slice" if sample.axis else "constant-image", "every pixel has the same value."))
     if sample.mask in broken:
-        return Opened(pixels, None, (*problems, *broken[sample.mask]))
+        return Opened(pixels, None, (*problems, *broken[sample.mask]), nameless)
     labels, mask_problems = _open_mask(sample, (pixels.height, pixels.width), root=root)
     if sample.axis and mask_problems:
         broken[sample.mask] = mask_problems
-    return Opened(pixels, labels, (*problems, *mask_problems))
+    return Opened(pixels, labels, (*problems, *mask_problems), nameless)
 
 
 def make_thumbnail(sample: Sample, *, root: Path) -> Thumbnail | None:
@@ -199,38 +196,6 @@ def describe_pixels(image: Grey, digest: str) -> Pixels:
         histogram=tuple(round(float(share), 4) for share in counts / grey.size),
         constant=low == high,
     )
-
-
-def header_problems(sample: Sample, *, root: Path) -> Iterator[Problem]:
-    """Suspected text in the picture, and identities that the report would show; both from DICOM tags."""
-    header = _header(sample.image, sample.series)
-    if header is None:
-        return
-    burned_in = str(header.get("BurnedInAnnotation", "")).upper()
-    if burned_in == "YES":
-        yield "burned-in-text", "its header says that text is burned into the picture (BurnedInAnnotation YES)."
-    elif burned_in != "NO" and header.get("SOPClassUID") in _TEXT_PRONE:
-        yield "burned-in-text", f"its kind, {header.SOPClassUID.name}, often carries text in the picture."
-    shown = f"{sample.patient}/{sample_name(sample, root)}".lower()
-    words = set(re.split(r"[\W_]+", shown))
-    name = {part for part in re.split(r"[\W_]+", str(header.get("PatientName", "")).lower()) if len(part) > 2}
-    identifier = str(header.get("PatientID", "")).strip().lower()
-    tags = ["PatientName"] * bool(name & words) + ["PatientID"] * bool(len(identifier) > 2 and identifier in shown)
-    if tags:
-        yield (
-            "identifying-tag",
-            f"its path or the manifest's column patient repeats the DICOM tag {' and '.join(tags)}.",
-        )
-
-
-@lru_cache(maxsize=4)
-def _header(image: Path, series: str) -> pydicom.Dataset | None:
-    if image.is_dir():
-        image = dicom.find_series(image, series).files[0]
-    if not dicom.is_dicom(image):
-        return None
-    with dicom.refusing(image):
-        return pydicom.dcmread(image, stop_before_pixels=True, specific_tags=list(_HEADER_TAGS))
 
 
 def _open_mask(

@@ -1,4 +1,4 @@
-"""Images that two patients share: equal pixels, and nearly equal ones."""
+"""Who is who: images that two patients share, equal or nearly so, and ids that tell no patients apart."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -12,8 +12,25 @@ MAX_DISTANCE = 6
 """Bits, of 64, in which difference hashes of nearly equal images may differ."""
 MAX_LEVELS = 3.0
 """Mean difference of 16 x 16 grey signatures, of 255 levels, that nearly equal images may have."""
+MIN_SOURCES = 3
+"""Pictures and volumes of a site from which an id that all share, or none has, is reported."""
 _ROWS = 512
 _BIT_COUNTS = np.array([value.bit_count() for value in range(2**16)], dtype=np.uint8)
+
+
+def patient_findings(site: str, readings: Sequence[Reading]) -> Iterator[Finding]:
+    """Ids of a site that make its splits meaningless: one for all, or none at all."""
+    sources = {(reading.sample.image, reading.sample.series) for reading in readings}
+    if len(sources) >= MIN_SOURCES and len({reading.sample.patient for reading in readings}) == 1:
+        message = f"all {len(sources)} pictures and volumes of site {site} belong to one patient."
+        yield Finding("one-patient", _names(readings), message)
+    without = [reading for reading in readings if reading.opened.lacks_patient_id]
+    nameless = {(reading.sample.image, reading.sample.series) for reading in without}
+    # Where one id covers several, somebody told the patients apart in another way.
+    own = len({reading.sample.patient for reading in without}) == len(nameless)
+    if len(nameless) >= MIN_SOURCES and own:
+        message = f"{len(nameless)} pictures and volumes of site {site} have no PatientID."
+        yield Finding("patient-id-missing", _names(without), message)
 
 
 def duplicates(readings: Sequence[Reading]) -> Iterator[Finding]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from icmoe.data.check_files import FileState
 from icmoe.data.check_findings import Finding, Reading
 from icmoe.data.check_opening import NUM_BINS, Thumbnail
 from icmoe.types import SPLITS
@@ -83,7 +84,7 @@ class CheckReport:
 
     Attributes:
         folder: the data folder.
-        manifest_sha256: of the file that was checked.
+        manifest_sha256: of the file as it was when its lines were read.
         found: lines of the manifest.
         usable: images that training can use.
         skipped: the others.
@@ -94,6 +95,7 @@ class CheckReport:
         ignore: raw values that count nowhere.
         max_bad_share: share of skipped images up to which training may leave them out.
         digests: of the usable images, in manifest order.
+        files: of the usable images and their masks.
         cache_bytes: size of the feature cache to come; ``None`` where it was not asked for.
         step_bytes: memory that one training step took at its peak, on top of what the process had; ``None`` where it
             was not tried.
@@ -113,6 +115,7 @@ class CheckReport:
     ignore: tuple[int, ...]
     max_bad_share: float
     digests: tuple[str, ...]
+    files: tuple[FileState, ...]
     cache_bytes: int | None
     step_bytes: int | None
     seconds: float

@@ -8,13 +8,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from icmoe.data.check_files import FileState, count_changed
 from icmoe.data.check_opening import sample_name
 from icmoe.data.check_report import CheckReport, Skipped
 from icmoe.data.manifest import FILE_NAME, Manifest, Sample
 from icmoe.errors import DataError, RunError
 
 CHECK_FILE = "check.json"
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Checked:
     Attributes:
         manifest_sha256: of the file as it was checked.
         digests: of the usable images, in manifest order; see ``sources.image_digest``.
+        files: of the usable images and their masks, to notice changes; see ``check_files``.
         skipped: images that training must leave out.
         accepted: codes of the warnings that a person accepted.
         classes: raw mask value by class name; ``None`` where the check had no run config.
@@ -32,6 +34,7 @@ class Checked:
 
     manifest_sha256: str
     digests: tuple[str, ...]
+    files: tuple[FileState, ...]
     skipped: tuple[Skipped, ...]
     accepted: tuple[str, ...]
     classes: dict[str, int] | None
@@ -52,6 +55,7 @@ def write_checked(report: CheckReport, folder: Path) -> Path:
         "format": FORMAT,
         "manifest_sha256": report.manifest_sha256,
         "digests": report.digests,
+        "files": {one.name: [one.size, one.modified_ns, one.changed_ns, one.sha256] for one in report.files},
         "skipped": [asdict(one) for one in report.skipped],
         "accepted": sorted({finding.code for finding in report.warnings}),
         "classes": report.classes,
@@ -89,14 +93,20 @@ def load_check(folder: Path) -> Checked | None:
     """Read the record; ``None`` where there is none.
 
     Raises:
-        DataError: if it is damaged.
+        DataError: if it is damaged, or of another version of this program.
     """
     path = folder / CHECK_FILE
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if content["format"] != FORMAT:
+            raise DataError(
+                f"{path} was written by another version (format {content['format']}, this one reads {FORMAT}). Run "
+                f"'icmoe-fl data check {folder}' again."
+            )
         return Checked(
             manifest_sha256=content["manifest_sha256"],
             digests=tuple(content["digests"]),
+            files=tuple(FileState(name, *state) for name, state in content["files"].items()),
             skipped=tuple(Skipped(one["name"], one["reason"]) for one in content["skipped"]),
             accepted=tuple(content["accepted"]),
             classes=content["classes"],
@@ -104,12 +114,14 @@ def load_check(folder: Path) -> Checked | None:
         )
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path} is damaged ({error}). Run 'icmoe-fl data check {folder}' again.") from error
 
 
 def require_checked(folder: Path, *, record: Path | None = None) -> Checked:
-    """The record of a manifest that passed and did not change since.
+    """The record of a manifest that passed and, with its images and masks, did not change since.
+
+    Sizes and times of the files are compared, which is cheap; contents are only read where times differ.
 
     Args:
         folder: a folder with ``manifest.csv``, or the path of a csv file.
@@ -128,6 +140,13 @@ def require_checked(folder: Path, *, record: Path | None = None) -> Checked:
         raise DataError(f"cannot read {path}: {error.strerror}.") from error
     if digest != checked.manifest_sha256:
         raise DataError(f"{path} changed since its check of {checked.date}. Run 'icmoe-fl data check {folder}' again.")
+    # Goes to the centre where a site refuses: a number, no names.
+    changed = count_changed(checked.files, root=path.parent)
+    if changed:
+        raise DataError(
+            f"{changed} of {len(checked.files)} image and mask files changed, or are gone, since their check of "
+            f"{checked.date}. Run 'icmoe-fl data check' on the data folder again."
+        )
     return checked
 
 

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from icmoe.data import dicom
+from icmoe.data.check_files import FileState, states_of
 from icmoe.data.check_findings import (
     KINDS,
     Finding,
@@ -20,12 +21,13 @@ from icmoe.data.check_findings import (
     unpaired_files,
 )
 from icmoe.data.check_opening import Opened, Thumbnail, make_thumbnail, open_together, sample_name
-from icmoe.data.check_pairs import duplicates, near_duplicates
+from icmoe.data.check_pairs import duplicates, near_duplicates, patient_findings
 from icmoe.data.check_report import CheckReport, Skipped, summarise_labels, summarise_site
 from icmoe.data.isolation import Lost, run_isolated
 
 # The check goes on where ``load_manifest`` must stop, with the same rules for each line.
 from icmoe.data.manifest import FILE_NAME, Sample, contradictions, parse_row, read_rows
+from icmoe.errors import ManifestError
 
 __all__ = ["CheckReport", "check_data", "num_processes"]
 
@@ -49,6 +51,7 @@ class _Lines:
     """The manifest, with what cannot be used set aside."""
 
     root: Path
+    sha256: str
     samples: tuple[Sample, ...]
     found: int
     findings: tuple[Finding, ...]
@@ -86,29 +89,21 @@ def check_data(
         The report; it is not written anywhere.
 
     Raises:
-        ManifestError: if there is no manifest or no line of it can be read.
+        ManifestError: if there is no manifest, no line of it can be read, or somebody writes to it.
         RunError: if worker processes cannot work.
     """
     start = time.perf_counter()
     path = folder if folder.suffix.lower() == ".csv" else folder / FILE_NAME
     lines = _read_lines(path, default_site=default_site)
     readings = _open_all(lines, num_workers=num_workers, progress=progress)
-    findings = [*lines.findings]
-    for reading in readings:
-        findings += problem_findings(reading.name, reading.opened)
-        findings += class_findings(reading, classes=classes, ignore=ignore)
+    findings = _findings_of_each(lines, readings, classes=classes, ignore=ignore)
     skipped = _skipped(findings)
-    unusable = {one.name for one in skipped}
-    usable = [reading for reading in readings if reading.name not in unusable]
+    usable = _usable(readings, skipped)
     by_site = {site: [r for r in usable if r.sample.site == site] for site in sorted({s.site for s in lines.samples})}
-    for site, members in by_site.items():
-        findings += site_findings(site, members, ignore=ignore)
-    findings += duplicates(usable)
-    findings += near_duplicates(usable)
-    findings += unpaired_files(lines.root, lines.samples, is_image=_is_image)
+    findings += _findings_together(lines, usable, by_site, ignore=ignore)
     report = CheckReport(
         folder=str(lines.root),
-        manifest_sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+        manifest_sha256=lines.sha256,
         found=lines.found,
         usable=len(usable),
         skipped=skipped,
@@ -119,6 +114,7 @@ def check_data(
         ignore=tuple(ignore),
         max_bad_share=max_bad_share,
         digests=tuple(r.opened.pixels.image_digest for r in usable if r.opened.pixels is not None),
+        files=_states(readings, usable, root=lines.root),
         cache_bytes=None,
         step_bytes=None,
         seconds=time.perf_counter() - start,
@@ -127,9 +123,36 @@ def check_data(
     return replace(report, thumbnails=_draw(shown, lines.root, num_workers=num_workers))
 
 
+def _findings_of_each(
+    lines: _Lines, readings: Sequence[Reading], *, classes: Mapping[str, int] | None, ignore: Sequence[int]
+) -> list[Finding]:
+    findings = [*lines.findings]
+    for reading in readings:
+        findings += problem_findings(reading.name, reading.opened)
+        findings += class_findings(reading, classes=classes, ignore=ignore)
+    return findings
+
+
+def _findings_together(
+    lines: _Lines, usable: Sequence[Reading], by_site: Mapping[str, Sequence[Reading]], *, ignore: Sequence[int]
+) -> Iterator[Finding]:
+    for site, members in by_site.items():
+        yield from site_findings(site, members, ignore=ignore)
+        yield from patient_findings(site, members)
+    yield from duplicates(usable)
+    yield from near_duplicates(usable)
+    yield from unpaired_files(lines.root, lines.samples, is_image=_is_image)
+
+
 def _read_lines(path: Path, *, default_site: str) -> _Lines:
-    """Read a manifest line by line and go on after lines that cannot be used."""
+    """Read a manifest line by line and go on after lines that cannot be used.
+
+    Its digest is that of the lines read here: what is edited while the check runs was not checked.
+    """
+    before = _digest(path)
     rows = read_rows(path)
+    if _digest(path) != before:
+        raise ManifestError(f"{path} changed while it was read. Check again when nobody writes to it.")
     parsed: list[Sample] = []
     good: list[Sample] = []
     findings: list[Finding] = []
@@ -143,7 +166,15 @@ def _read_lines(path: Path, *, default_site: str) -> _Lines:
         code = "patient-in-two-splits" if text.startswith("patient ") else "manifest-line"
         findings.append(Finding(code, tuple(_named_in(text, parsed, path.parent)), text))
     # A line that stands twice is opened once.
-    return _Lines(path.parent, tuple(dict.fromkeys(good)), len(rows), tuple(findings))
+    return _Lines(path.parent, before, tuple(dict.fromkeys(good)), len(rows), tuple(findings))
+
+
+def _digest(path: Path) -> str:
+    """Sha256 of a file; empty where it cannot be read, of which ``read_rows`` says more."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        return ""
 
 
 def _line_code(problem: str) -> str:
@@ -188,6 +219,17 @@ def _chunks(groups: Sequence[Sequence[int]], samples: Sequence[Sample]) -> list[
     return volumes + [
         pictures[first : first + PICTURES_PER_CHUNK] for first in range(0, len(pictures), PICTURES_PER_CHUNK)
     ]
+
+
+def _usable(readings: Sequence[Reading], skipped: Sequence[Skipped]) -> list[Reading]:
+    left_out = {one.name for one in skipped}
+    return [reading for reading in readings if reading.name not in left_out]
+
+
+def _states(readings: Sequence[Reading], usable: Sequence[Reading], *, root: Path) -> tuple[FileState, ...]:
+    """Of the usable ones' files; a volume's may stand with a slice that is not."""
+    known = (state for reading in readings for state in reading.opened.files)
+    return states_of((reading.sample for reading in usable), known, root=root)
 
 
 def _skipped(findings: Sequence[Finding]) -> tuple[Skipped, ...]:

@@ -1,17 +1,11 @@
-"""DICOM through pydicom, highdicom and SimpleITK: series, single pictures, segmentations.
+"""Pixels of DICOM images through pydicom, highdicom and SimpleITK: series as volumes, single pictures.
 
-Whatever a damaged file makes these libraries raise becomes a ``DataError`` here.
+Files and series are found in ``dicom_files``, segmentations are read in ``dicom_labels``; both are offered here too.
 """
 
 import hashlib
-import logging
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import highdicom as hd
 import numpy as np
@@ -22,140 +16,28 @@ from highdicom.spatial import get_series_volume_positions
 from pydicom.pixels.processing import apply_color_lut, apply_modality_lut
 from pydicom.uid import SegmentationStorage
 
-from icmoe.errors import DataError, IcmoeError, MaskError
+from icmoe.data.dicom_files import (
+    NOT_IMAGES,
+    Series,
+    find_series,
+    is_dicom,
+    list_series,
+    patient_ids,
+    read_header,
+    referenced_instances,
+    refusing,
+    series_digest,
+)
+from icmoe.data.dicom_labels import match_grid, read_segmentation
+from icmoe.errors import DataError
+
+__all__ = [
+    "NOT_IMAGES", "Series", "decode", "find_series", "is_dicom", "list_series", "match_grid", "read_header",
+    "read_picture", "read_segmentation", "read_series", "referenced_instances", "refusing",
+]  # fmt: skip
 
 MAX_PIXELS = 2**31
 """Samples of one file above which its header is taken for damaged."""
-POSITION_TOLERANCE = 0.01
-"""Millimetres between a segmentation's frame and the image it names."""
-
-NOT_IMAGES = ("SEG", "RTSTRUCT", "RTPLAN", "RTDOSE", "SR", "PR", "KO", "REG", "DOC")
-"""Modalities of objects about images."""
-
-_HEADER_TAGS = [
-    "SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID", "PatientID", "Modality", "Rows",
-    "SeriesDescription", "NumberOfFrames", "ImageOrientationPatient", "BurnedInAnnotation",
-]  # fmt: skip
-
-logger = logging.getLogger(__name__)
-# Both describe at length what is wrong with a file that is refused anyway.
-logging.getLogger("pydicom").setLevel(logging.CRITICAL)
-logging.getLogger("highdicom").setLevel(logging.CRITICAL)
-
-
-@dataclass(frozen=True)
-class Series:
-    """One series of a folder.
-
-    Attributes:
-        uid: SeriesInstanceUID.
-        modality: such as CT; SEG for segmentations.
-        description: as the scanner wrote it.
-        patient: PatientID.
-        files: in path order, which means nothing.
-        instances: SOPInstanceUID of each file.
-    """
-
-    uid: str
-    modality: str
-    description: str
-    patient: str
-    files: tuple[Path, ...]
-    instances: tuple[str, ...] = ()
-
-
-@contextmanager
-def refusing(path: Path) -> Iterator[None]:
-    """Turn whatever a reader raises on a damaged file into a DataError that names the file."""
-    try:
-        with warnings.catch_warnings():
-            # What they warn of is either harmless or found by our own checks.
-            warnings.simplefilter("ignore")
-            yield
-    except IcmoeError:
-        raise
-    # Readers fail on damaged files with nearly every type there is.
-    except Exception as error:
-        reason = str(error).split("\n")[0][:200]
-        raise DataError(
-            f"{path} cannot be read ({type(error).__name__}: {reason}). Export it again, or leave it out."
-        ) from error
-
-
-def is_dicom(path: Path) -> bool:
-    """Whether a file is DICOM by its preamble."""
-    try:
-        with path.open("rb") as file:
-            return file.read(132)[128:] == b"DICM"
-    except OSError:
-        return False
-
-
-@lru_cache(maxsize=32)
-def list_series(folder: Path) -> tuple[Series, ...]:
-    """All series below a folder, by their headers; what is no DICOM file or damaged is passed over."""
-    groups: dict[str, list[tuple[Path, Any]]] = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and is_dicom(path):
-            try:
-                header = read_header(path)
-            except DataError as error:
-                # If it belongs to a series, the gap it leaves is found there.
-                logger.warning("passed over: %s", error)
-                continue
-            if "SeriesInstanceUID" in header and "SOPInstanceUID" in header:
-                groups.setdefault(str(header.SeriesInstanceUID), []).append((path, header))
-    return tuple(
-        Series(
-            uid=uid,
-            modality=str(members[0][1].get("Modality", "")),
-            description=str(members[0][1].get("SeriesDescription", "")),
-            patient=str(members[0][1].get("PatientID", "")),
-            files=tuple(path for path, _ in members),
-            instances=tuple(str(header.SOPInstanceUID) for _, header in members),
-        )
-        for uid, members in groups.items()
-    )
-
-
-def read_header(path: Path) -> pydicom.Dataset:
-    """The tags that say what a file is.
-
-    Raises:
-        DataError: if it cannot be read.
-    """
-    with refusing(path):
-        return pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(_HEADER_TAGS))
-
-
-def referenced_instances(path: Path) -> list[str]:
-    """SOP instance UIDs of the images that a segmentation names, without reading its pixels.
-
-    Raises:
-        DataError: if it cannot be read.
-    """
-    with refusing(path):
-        dataset = pydicom.dcmread(path, stop_before_pixels=True)
-        return [
-            str(instance.ReferencedSOPInstanceUID)
-            for series in dataset.get("ReferencedSeriesSequence", [])
-            for instance in series.get("ReferencedInstanceSequence", [])
-        ]
-
-
-def find_series(folder: Path, uid: str) -> Series:
-    """The series of a folder with this UID; with an empty one, its only image series.
-
-    Raises:
-        DataError: if there is none, or several and none was named.
-    """
-    images = [series for series in list_series(folder) if series.modality not in NOT_IMAGES]
-    chosen = [series for series in images if uid in ("", series.uid)]
-    if len(chosen) == 1:
-        return chosen[0]
-    shown = "; ".join(f"{s.uid} ({s.modality} {s.description}, {len(s.files)} files)" for s in images[:5]) or "none"
-    problem = f"no image series {uid}" if uid else f"{len(images)} image series"
-    raise DataError(f"{folder} holds {problem}. Name one in the manifest's column series. Found: {shown}.")
 
 
 def read_series(series: Series) -> tuple[hd.Volume, str, tuple[str, ...]]:
@@ -167,40 +49,27 @@ def read_series(series: Series) -> tuple[hd.Volume, str, tuple[str, ...]]:
         The volume in real-world units (Hounsfield for CT), float32; its digest; SOP instance UIDs by slice.
 
     Raises:
-        DataError: if a file is damaged, slices are missing or doubled, or orientations differ.
+        DataError: if a file is damaged, slices are missing or doubled, orientations differ, or it has two patients.
     """
     folder = series.files[0].parent
     datasets, hashes = [], []
     for path in series.files:
         with refusing(path):
-            content = path.read_bytes()
-            hashes.append(hashlib.sha256(content).hexdigest())
+            hashes.append(hashlib.sha256(path.read_bytes()).hexdigest())
             datasets.append(pydicom.dcmread(path))
-    digest = hashlib.sha256("".join(sorted(hashes)).encode()).hexdigest()
+    digest = series_digest(hashes)
     with refusing(folder):
+        _require_one_patient(datasets, folder)
         if len(datasets) == 1 and int(datasets[0].get("NumberOfFrames") or 1) > 1:
-            volume = hd.imread(series.files[0]).get_volume(dtype=np.float32)
-            return volume, digest, (str(datasets[0].SOPInstanceUID),)
+            return _read_frames(datasets[0], series.files[0]), digest, (str(datasets[0].SOPInstanceUID),)
         if len(datasets) < 2:
             raise DataError(
                 f"the series in {folder} has one slice and so no slice distance. Leave the column axis empty to use "
                 f"{series.files[0].name} as a picture."
             )
-        # Scanners round orientations differently from slice to slice in the sixth digit.
-        spacing, positions = get_series_volume_positions(datasets, sort=True, orientation_tol=1e-4)
-        if spacing is None or positions is None:
-            raise DataError(
-                f"the {len(datasets)} slices in {folder} do not form a volume: distances between their positions "
-                "differ, positions repeat, orientations differ, or the gantry is tilted. Look for missing or doubled "
-                "files."
-            )
-        if len({tuple(map(float, ds.PixelSpacing)) for ds in datasets}) > 1:
-            raise DataError(
-                f"the slices in {folder} have different pixel spacings, so they form no volume. Split them."
-            )
-        order = np.argsort(positions)
+        spacing, order = _order_slices(datasets, folder)
         ordered = [datasets[index] for index in order]
-        array = np.stack([decode(ds, series.files[index]) for ds, index in zip(ordered, order, strict=True)])
+        array = np.stack([decode(datasets[index], series.files[index]) for index in order])
         if array.ndim != 3:
             raise DataError(f"the series in {folder} is in colour; a volume has one value per voxel.")
         if _shows_low_values_white(ordered[0]) and series.modality != "CT":
@@ -217,6 +86,40 @@ def read_series(series: Series) -> tuple[hd.Volume, str, tuple[str, ...]]:
             frame_of_reference_uid=ordered[0].get("FrameOfReferenceUID"),
         )
         return geometry.with_array(array), digest, tuple(str(ds.SOPInstanceUID) for ds in ordered)
+
+
+def _require_one_patient(datasets: Sequence[pydicom.Dataset], folder: Path) -> None:
+    count = len(patient_ids(datasets))
+    if count > 1:
+        raise DataError(
+            f"the series in {folder} has {count} different PatientIDs, so that it cannot be told whom it shows. "
+            "Correct the ids, or take out the files of the other patient."
+        )
+
+
+def _order_slices(datasets: Sequence[pydicom.Dataset], folder: Path) -> tuple[float, list[int]]:
+    """Distance between slices in mm, and their indices by position."""
+    # Scanners round orientations differently from slice to slice in the sixth digit.
+    spacing, positions = get_series_volume_positions(datasets, sort=True, orientation_tol=1e-4)
+    if spacing is None or positions is None:
+        raise DataError(
+            f"the {len(datasets)} slices in {folder} do not form a volume: distances between their positions "
+            "differ, positions repeat, orientations differ, or the gantry is tilted. Look for missing or doubled "
+            "files."
+        )
+    if len({tuple(map(float, dataset.PixelSpacing)) for dataset in datasets}) > 1:
+        raise DataError(f"the slices in {folder} have different pixel spacings, so they form no volume. Split them.")
+    return spacing, [int(index) for index in np.argsort(positions)]
+
+
+def _read_frames(dataset: pydicom.Dataset, path: Path) -> hd.Volume:
+    """The frames of one file, placed by their positions."""
+    if "PerFrameFunctionalGroupsSequence" not in dataset:
+        raise DataError(
+            f"{path} holds {dataset.NumberOfFrames} frames and does not say where they lie, as films of ultrasound "
+            "do, so they form no volume. Export the frames as single pictures."
+        )
+    return hd.imread(path).get_volume(dtype=np.float32)
 
 
 def read_picture(path: Path) -> npt.NDArray[np.float32]:
@@ -267,93 +170,3 @@ def decode(dataset: pydicom.Dataset, path: Path) -> npt.NDArray[np.float32]:
         return colour
     pixels: npt.NDArray[np.float32] = apply_modality_lut(values, dataset).astype(np.float32)
     return pixels
-
-
-def read_segmentation(path: Path, image: hd.VolumeGeometry, instances: Sequence[str]) -> hd.Volume:
-    """A DICOM SEG on the grid of the series it was made on; a voxel's value is its segment's number.
-
-    Frames are placed by their position, and the image that each names must stand at that position. The order of frames
-    means nothing.
-
-    Args:
-        path: of the SEG.
-        image: grid of the image volume.
-        instances: SOP instance UIDs of the image by slice; empty where unknown.
-
-    Returns:
-        The volume with the grid of ``image``, uint16.
-
-    Raises:
-        MaskError: if it was made on another series or grid, or its segments overlap.
-        DataError: if it cannot be read.
-    """
-    with refusing(path):
-        segmentation = hd.seg.segread(path)
-        _check_references(segmentation, path, image, instances)
-        try:
-            volume = segmentation.get_volume(combine_segments=True, dtype=np.uint16)
-        except RuntimeError as error:
-            if "overlap" not in str(error):
-                raise
-            raise MaskError(
-                f"segments of {path} overlap, so that a voxel would have two classes. Keep one segment per voxel in "
-                "the tool that made it, or export each as a mask of its own."
-            ) from error
-        return match_grid(volume, image, path)
-
-
-def match_grid(labels: hd.Volume, image: hd.VolumeGeometry, path: Path) -> hd.Volume:
-    """Permute, flip and pad labels to the image's grid; never resample.
-
-    Raises:
-        MaskError: if the grids differ by more.
-    """
-    try:
-        matched = labels.match_geometry(image, tol=1e-3)
-    except RuntimeError as error:
-        raise MaskError(_describe_mismatch(labels, image, path)) from error
-    # match_geometry may leave a rest beyond the far end, and crops what lies outside without a word.
-    whole = np.count_nonzero(matched.array) == np.count_nonzero(labels.array)
-    if (
-        matched.spatial_shape != image.spatial_shape
-        or not np.allclose(matched.affine, image.affine, atol=1e-2)
-        or not whole
-    ):
-        raise MaskError(_describe_mismatch(labels, image, path))
-    return matched
-
-
-def _describe_mismatch(labels: hd.Volume, image: hd.VolumeGeometry, path: Path) -> str:
-    here, there = _millimetres(labels), _millimetres(image)
-    return (
-        f"the label {path} is not on its image's grid: {here} against {there}. Slices of the image may be missing. "
-        "Draw the label on this image, or resample it to it with nearest neighbour."
-    )
-
-
-def _check_references(segmentation: Any, path: Path, image: hd.VolumeGeometry, instances: Sequence[str]) -> None:
-    """Each frame must stand where the image it names stands."""
-    if not instances:
-        return
-    positions = {uid: image.map_indices_to_reference(np.array([[i, 0, 0]]))[0] for i, uid in enumerate(instances)}
-    known = 0
-    for frame in segmentation.PerFrameFunctionalGroupsSequence:
-        place = np.array(frame.PlanePositionSequence[0].ImagePositionPatient, dtype=float)
-        for derivation in frame.get("DerivationImageSequence", []):
-            for source in derivation.get("SourceImageSequence", []):
-                position = positions.get(str(source.ReferencedSOPInstanceUID))
-                known += position is not None
-                # A multi-frame image is one instance for all its slices.
-                if position is not None and len(instances) > 1 and np.abs(position - place).max() > POSITION_TOLERANCE:
-                    raise MaskError(
-                        f"a frame of {path} names an image that lies {np.abs(position - place).max():.2f} mm away from "
-                        "it. The segmentation is damaged: export it again."
-                    )
-    if not known and not set(referenced_instances(path)) & set(instances):
-        raise MaskError(f"{path} names none of the images of this series. It was made on another one.")
-
-
-def _millimetres(grid: hd.VolumeGeometry | hd.Volume) -> str:
-    spacing, origin = (" x ".join(f"{value:.6g}" for value in values) for values in (grid.spacing, grid.position))
-    shape = " x ".join(map(str, grid.spatial_shape))
-    return f"{shape} voxels, spacing {spacing} and origin {origin} mm"

@@ -14,7 +14,9 @@ from icmoe.data.intensity import STORED, IntensityRule, default_rule
 from icmoe.data.manifest import FILE_NAME
 from icmoe.data.pairing import LabelKind, Pair, find_pairs
 from icmoe.data.pseudonyms import pseudonym
-from icmoe.data.volumes import natural_axis, read_labels, read_volume, turn
+from icmoe.data.rtstruct import read_structures
+from icmoe.data.secret_note import note_secret, refuse_other_secret
+from icmoe.data.volumes import StoredVolume, natural_axis, read_labels, read_volume, turn
 from icmoe.errors import ConfigError, DataError
 from icmoe.types import SPLITS, Axis, Split
 
@@ -40,6 +42,8 @@ class ImportRequest:
         fractions: of the patients in train, val and test.
         seed: of the split.
         write_labels: write labels of volumes as NIfTI files into ``out`` and let the manifest name these.
+        rois: names of an RTSTRUCT's ROIs that become the values 1, 2, ...; labels are then written too, because the
+            manifest has no place for the choice. Empty: all, by ROI number.
     """
 
     source: Path
@@ -54,6 +58,7 @@ class ImportRequest:
     fractions: tuple[float, float, float] = (0.7, 0.15, 0.15)
     seed: int = 0
     write_labels: bool = False
+    rois: tuple[str, ...] = ()
 
 
 @dataclass
@@ -64,12 +69,14 @@ class ImportReport:
         num_images: slices and pictures in the manifest.
         patients: pseudonyms by split.
         values: number of pixels by raw label value.
+        names: ROI name by raw label value, of RTSTRUCT.
         skipped: reason by name, for what is not in the manifest.
     """
 
     num_images: int = 0
     patients: dict[Split, list[str]] = field(default_factory=lambda: {split: [] for split in SPLITS})
     values: dict[int, int] = field(default_factory=dict)
+    names: dict[int, str] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
 
 
@@ -82,9 +89,11 @@ def import_folder(request: ImportRequest, progress: Callable[[int, int], None] |
 
     Raises:
         DataError: if no pair is usable.
-        ConfigError: if a pattern, rule or fraction is wrong, or ``out`` holds a manifest already.
+        ConfigError: if a pattern, rule or fraction is wrong, ``out`` holds a manifest already or names another secret,
+            or a label value stands for different ROIs.
     """
     IntensityRule.parse(request.intensity)
+    refuse_other_secret(request.out, request.secret)
     if (request.out / FILE_NAME).exists():
         raise ConfigError(f"{request.out} already holds a {FILE_NAME}. Choose another --out, or move that one away.")
     found = find_pairs(
@@ -111,6 +120,7 @@ def import_folder(request: ImportRequest, progress: Callable[[int, int], None] |
     for patient, split in splits.items():
         report.patients[split].append(patient)
     report.num_images = len(rows)
+    note_secret(request.out, request.secret)
     _write_manifest(request.out / FILE_NAME, [{**row, "split": splits[row["patient"]]} for row in rows])
     return report
 
@@ -148,11 +158,11 @@ def _rows_of(pair: Pair, request: ImportRequest, report: ImportReport) -> list[d
     if request.labels == "mask":
         return [{**common, "intensity": request.intensity or STORED}]
     stored = read_volume(pair.image, series=pair.series, frame="")
-    labels = read_labels(pair.label, image=pair.image, series=pair.series, frame="")
-    for value, count in zip(*np.unique(labels.array, return_counts=True), strict=True):
+    labels = _labels_of(pair, stored, request, report)
+    for value, count in zip(*np.unique(labels, return_counts=True), strict=True):
         report.values[int(value)] = report.values.get(int(value), 0) + int(count)
-    if request.write_labels:
-        common["mask"] = _write_label(labels.array, stored.grid.affine, pair, request)
+    if request.write_labels or request.rois:
+        common["mask"] = _write_label(labels, stored.grid.affine, pair, request)
     axis = request.axis or natural_axis(stored.grid)
     turned = turn(stored.grid, axis)
     _, row_spacing, column_spacing = turned.spacing
@@ -162,6 +172,23 @@ def _rows_of(pair: Pair, request: ImportRequest, report: ImportReport) -> list[d
         "intensity": request.intensity or default_rule(pair.modality),
     }
     return [{**common, "slice": str(number)} for number in range(turned.shape[0])]
+
+
+def _labels_of(pair: Pair, stored: StoredVolume, request: ImportRequest, report: ImportReport) -> np.ndarray:
+    """Raw labels on the image's grid; of an RTSTRUCT, names and what is left out go into the report."""
+    if request.labels != "rtstruct":
+        return read_labels(pair.label, image=pair.image, series=pair.series, frame="").array
+    structures = read_structures(pair.label, stored.grid.get_geometry(), stored.instances, rois=request.rois)
+    for value, name in structures.names.items():
+        known = report.names.setdefault(value, name)
+        if known.casefold() != name.casefold():
+            raise ConfigError(
+                f"the ROI number {value} means {name!r} in {pair.label} and {known!r} in another structure set, so one "
+                "label value would have two meanings. Choose ROIs by name with --roi, which numbers them in its order."
+            )
+    file = pair.label.relative_to(request.source)
+    report.skipped |= {f"{file} ROI {name!r}": reason for name, reason in structures.left_out.items()}
+    return structures.volume.array
 
 
 def _relative(path: Path, request: ImportRequest) -> str:

@@ -14,6 +14,8 @@ from icmoe.errors import DataError
 SUFFIXES = (".nii", ".nii.gz")
 MAX_SHEAR = 1e-3
 """Largest cosine between two axes of a grid that counts as orthogonal."""
+_MILLIMETRES = {1: 1000.0, 3: 0.001}  # NIfTI's codes of metres and microns; millimetres, unknown and others stay
+_UNIT_BITS = 0b111  # of xyzt_units, for space; the others are for time
 _MAX_GZIP_RATIO = 1100  # deflate cannot do better
 
 
@@ -24,6 +26,9 @@ def is_nifti(path: Path) -> bool:
 
 def read_nifti(path: Path, *, frame: str = "") -> tuple[hd.Volume, str]:
     """Read one 3-D volume, in storage order of its axes.
+
+    A header that counts in metres or microns is turned into millimetres; one that names no unit means millimetres, as
+    everybody writes them.
 
     Args:
         path: a .nii or .nii.gz file.
@@ -43,7 +48,7 @@ def read_nifti(path: Path, *, frame: str = "") -> tuple[hd.Volume, str]:
         _check_size(path, image)
         if image.header.get_data_dtype().names is not None or np.iscomplexobj(image.dataobj[..., :0]):
             raise DataError(f"{path} holds colour or complex values; an image has one number per voxel.")
-        affine = check_affine(path, np.asarray(image.affine, dtype=float))
+        affine = check_affine(path, _in_millimetres(image))
         values = np.asarray(_choose_frame(path, image, frame), dtype=np.float32)
     if not np.isfinite(values).all():
         raise DataError(f"{path} holds NaN or infinite values. Replace them, or leave the image out.")
@@ -88,6 +93,13 @@ def check_affine(path: Path, affine: npt.NDArray[np.floating]) -> npt.NDArray[np
     fixed = affine.copy()
     fixed[:3, :3] = (u @ vt) * lengths
     return fixed
+
+
+def _in_millimetres(image: nib.Nifti1Image) -> npt.NDArray[np.floating]:
+    affine = np.array(image.affine, dtype=float)
+    # Not by nibabel's get_xyzt_units, which fails on codes that the standard does not know.
+    affine[:3] *= _MILLIMETRES.get(int(image.header["xyzt_units"]) & _UNIT_BITS, 1.0)
+    return affine
 
 
 def _check_size(path: Path, image: nib.Nifti1Image) -> None:

@@ -1,4 +1,4 @@
-"""Find images and their labels in a folder: DICOM series with SEGs, NIfTI pairs, picture pairs."""
+"""Find images and their labels in a folder: DICOM series with SEGs or RTSTRUCTs, NIfTI pairs, picture pairs."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -7,12 +7,15 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Literal, get_args
 
-from icmoe.data import dicom
+from icmoe.data import dicom, rtstruct
 from icmoe.data.nifti import is_nifti
 from icmoe.errors import ConfigError, DataError
 
-LabelKind = Literal["seg", "nifti", "mask"]
+LabelKind = Literal["seg", "rtstruct", "nifti", "mask"]
 LABEL_KINDS: tuple[LabelKind, ...] = get_args(LabelKind)
+
+DICOM_KINDS: Mapping[LabelKind, str] = {"seg": "SEG", "rtstruct": "RTSTRUCT"}
+"""Modality of the labels that belong to a DICOM series."""
 
 LABEL_NAMES = ("{name}_seg", "{name}_label", "{name}_labels", "{name}_lab", "{name}_mask", "{name}_gt", "{name}")
 """Tried in this order beside the image and in the folders below; ``{name}`` is the image's name without its ending."""
@@ -55,11 +58,13 @@ def find_pairs(source: Path, *, labels: LabelKind, patient_pattern: str, label_p
 
     Args:
         source: the folder.
-        labels: ``seg`` for a DICOM tree with SEG objects, ``nifti`` for NIfTI pairs, ``mask`` for pictures.
+        labels: ``seg`` or ``rtstruct`` for a DICOM tree with such objects, ``nifti`` for NIfTI pairs, ``mask`` for
+            pictures.
         patient_pattern: regular expression over an image's path below ``source``; its first group is the patient.
             Empty: the PatientID for DICOM, else the image's name.
         label_pattern: path of the label relative to the image's folder, such as ``../labels/{name}.nii.gz``. Empty:
-            the usual names. For ``seg`` a file name such as ``liver*.dcm``, where a series has several.
+            the usual names. For ``seg`` and ``rtstruct`` a file name such as ``liver*.dcm``, where a series has more
+            than one.
 
     Raises:
         DataError: if the folder does not exist or holds no pair at all.
@@ -76,13 +81,13 @@ def find_pairs(source: Path, *, labels: LabelKind, patient_pattern: str, label_p
             f"--patient-pattern {patient_pattern!r} needs a group that is the patient, such as '(P[0-9]+)_'."
         )
     found = Found()
-    if labels == "seg":
-        _pair_series(source, found, wanted=label_pattern or "*")
+    if labels in DICOM_KINDS:
+        _pair_series(source, found, labels=labels, wanted=label_pattern or "*")
     else:
         _pair_files(source, found, labels=labels, label_pattern=label_pattern)
     if patient_pattern:
         found.pairs = list(_with_patients(source, found, patient_of))
-    elif labels != "seg":
+    elif labels not in DICOM_KINDS:
         _refuse_repeated_names(found.pairs)
     if not found.pairs:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(found.skipped.items())[:5])
@@ -90,35 +95,48 @@ def find_pairs(source: Path, *, labels: LabelKind, patient_pattern: str, label_p
     return found
 
 
-def _pair_series(source: Path, found: Found, *, wanted: str) -> None:
+def _pair_series(source: Path, found: Found, *, labels: LabelKind, wanted: str) -> None:
     series = {one.uid: one for one in dicom.list_series(source)}
     of_instance = {uid: one.uid for one in series.values() for uid in one.instances}
-    segmentations: dict[str, list[Path]] = {}
+    of_series: dict[str, list[Path]] = {}
     for one in series.values():
-        if one.modality != "SEG":
+        if one.modality != DICOM_KINDS[labels]:
             continue
         for path in (path for path in one.files if fnmatch(path.name, wanted)):
-            target = _referenced_series(path, of_instance)
+            try:
+                target = _referenced_series(path, of_instance, labels)
+            except DataError as error:
+                found.skipped[str(path.relative_to(source))] = str(error)
+                continue
             if target in series:
-                segmentations.setdefault(target, []).append(path)
+                of_series.setdefault(target, []).append(path)
             else:
                 found.skipped[str(path.relative_to(source))] = "the series it was made on is not here"
     for one in series.values():
         if one.modality in dicom.NOT_IMAGES:
             continue
         name = f"{one.files[0].parent.relative_to(source)} {one.modality} {one.description} {one.uid}".strip()
-        masks = segmentations.get(one.uid, [])
+        masks = of_series.get(one.uid, [])
         if len(masks) == 1:
             found.pairs.append(Pair(common_folder(one.files), masks[0], one.patient or one.uid, one.uid, one.modality))
         else:
             names = ", ".join(path.name for path in masks[:4]) or "none"
-            found.skipped[name] = f"one segmentation is needed, found {names}; choose with --label-pattern"
+            found.skipped[name] = f"one {DICOM_KINDS[labels]} is needed, found {names}; choose with --label-pattern"
+    for path in sorted(source.rglob("*.dcm")):
+        if path.is_file() and not dicom.is_dicom(path):
+            found.skipped[str(path.relative_to(source))] = (
+                "it lacks the preamble of a DICOM file, as some old exports do: export it again"
+            )
 
 
-def _referenced_series(path: Path, of_instance: Mapping[str, str]) -> str:
-    """UID of the series whose images a SEG names, told by the images themselves."""
-    with dicom.refusing(path):
-        return next((of_instance[uid] for uid in dicom.referenced_instances(path) if uid in of_instance), "")
+def _referenced_series(path: Path, of_instance: Mapping[str, str], labels: LabelKind) -> str:
+    """UID of the series whose images a label names, told by the images; some RTSTRUCTs name only the series."""
+    if labels == "seg":
+        named = dicom.referenced_instances(path)
+        return next((of_instance[uid] for uid in named if uid in of_instance), "")
+    named = rtstruct.referenced_images(path)
+    uids = set(of_instance.values())
+    return next((of_instance.get(uid, uid) for uid in named if uid in of_instance or uid in uids), "")
 
 
 def common_folder(files: tuple[Path, ...]) -> Path:

@@ -7,6 +7,7 @@ Without the secret a pseudonym cannot be traced by trying ids, which a plain has
 import hashlib
 import hmac
 import os
+import re
 import secrets
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from icmoe.errors import DataError, RunError
 
 SECRET_BYTES = 32
 _LENGTH = 12
+_HEX = re.compile(f"[0-9a-fA-F]{{{2 * SECRET_BYTES}}}")
 
 
 def default_secret_path() -> Path:
@@ -33,13 +35,7 @@ def load_secret(path: Path) -> bytes:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
-        secret = bytes.fromhex(path.read_text(encoding="ascii").strip()) if _is_hex(path) else b""
-        if len(secret) != SECRET_BYTES:
-            raise DataError(
-                f"{path} is no secret of icmoe-fl (64 hexadecimal digits). Restore it from a backup: with another one "
-                "all patients get new pseudonyms."
-            ) from None
-        return secret
+        return _read_secret(path)
     except OSError as error:
         raise RunError(f"cannot write the site's secret {path}: {error.strerror}. Choose another --secret.") from error
     secret = secrets.token_bytes(SECRET_BYTES)
@@ -53,9 +49,15 @@ def pseudonym(patient: str, *, secret: bytes) -> str:
     return hmac.new(secret, patient.strip().encode(), hashlib.sha256).hexdigest()[:_LENGTH]
 
 
-def _is_hex(path: Path) -> bool:
+def _read_secret(path: Path) -> bytes:
     try:
-        int(path.read_text(encoding="ascii").strip(), 16)
+        text = path.read_text(encoding="ascii").strip()
     except (ValueError, OSError):
-        return False
-    return True
+        text = ""
+    # Python's own readers of numbers also take signs, 0x, underscores and blanks between digits.
+    if not _HEX.fullmatch(text):
+        raise DataError(
+            f"{path} is no secret of icmoe-fl ({2 * SECRET_BYTES} hexadecimal digits). Restore it from a backup: with "
+            "another one all patients get new pseudonyms."
+        )
+    return bytes.fromhex(text)

@@ -11,7 +11,7 @@ from pathlib import Path
 import highdicom as hd
 import numpy as np
 
-from icmoe.data import dicom
+from icmoe.data import dicom, rtstruct
 from icmoe.data.nifti import is_nifti, read_nifti
 from icmoe.errors import DataError, MaskError
 from icmoe.types import AXES, Axis
@@ -66,7 +66,7 @@ def read_volume(path: Path, *, series: str = "", frame: str = "") -> StoredVolum
 
 @lru_cache(maxsize=2)
 def read_labels(path: Path, *, image: Path, series: str = "", frame: str = "") -> hd.Volume:
-    """Read the label volume of an image: NIfTI or DICOM SEG, on the image's grid.
+    """Read the label volume of an image: NIfTI, DICOM SEG or RTSTRUCT, on the image's grid.
 
     Returns:
         Raw label values, int32, with the grid of the image.
@@ -77,6 +77,8 @@ def read_labels(path: Path, *, image: Path, series: str = "", frame: str = "") -
     """
     stored = read_volume(image, series=series, frame=frame)
     if not is_nifti(path):
+        if rtstruct.is_structure_set(path):
+            return rtstruct.read_structures(path, stored.grid.get_geometry(), stored.instances).volume
         return dicom.read_segmentation(path, stored.grid.get_geometry(), stored.instances)
     labels, _ = read_nifti(path)
     if sorted(labels.spatial_shape) != sorted(stored.grid.spatial_shape):

@@ -1,6 +1,7 @@
 """The model card: what the model was trained on, how good it was, and what it is not for."""
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from icmoe import __version__
 from icmoe.checkpoint import ADAPTERS, Checkpoint, write_arrays, write_json, write_text
 from icmoe.config import RunConfig
 from icmoe.errors import RunError
+
+logger = logging.getLogger(__name__)
 
 CARD, FACTS = "README.md", "model_card.json"
 
@@ -46,12 +49,11 @@ def collect_facts(run_dir: Path, run: RunConfig, checkpoint: Checkpoint) -> dict
     """
     try:
         results = json.loads((run_dir / "results.json").read_text(encoding="utf-8"))
-        lines = (run_dir / "rounds.jsonl").read_text(encoding="utf-8").splitlines()
+        rounds = _read_rounds(run_dir / "rounds.jsonl")
     except (OSError, ValueError) as error:
         raise RunError(
             f"{run_dir} has no readable results.json and rounds.jsonl: {error}. Finish the run first (--resume)."
         ) from error
-    rounds = [json.loads(line) for line in lines]
     trained = [record for record in rounds if record.get("num_examples")]
     return {
         "task": run.task.name,
@@ -71,6 +73,29 @@ def collect_facts(run_dir: Path, run: RunConfig, checkpoint: Checkpoint) -> dict
         "worst_site": results["worst_site"],
         "epsilon": results["epsilon"],
     }
+
+
+def _read_rounds(path: Path) -> list[dict[str, Any]]:
+    """Records of the rounds, but for a last line that was cut off: a crash or an unfinished copy.
+
+    Raises:
+        ValueError: if another line is damaged.
+        OSError: if the file cannot be read.
+    """
+    lines = path.read_bytes().splitlines()
+    rounds = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            if number == len(lines):
+                logger.warning("the last line of %s is cut off: the model card does without that round", path)
+                break
+            raise ValueError(f"line {number} of {path.name} is damaged ({error})") from error
+        if not isinstance(record, dict):
+            raise ValueError(f"line {number} of {path.name} is no record of a round")
+        rounds.append(record)
+    return rounds
 
 
 def _site_facts(name: str, entry: Mapping[str, Any], trained: list[dict[str, Any]]) -> dict[str, Any]:

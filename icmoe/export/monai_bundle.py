@@ -89,7 +89,13 @@ def _numbered(names: Sequence[str]) -> dict[str, str]:
 
 
 def _inference(network: DeployedNetwork) -> dict[str, Any]:
-    """Pictures in, class ids out at their own size: the geometry of ``icmoe.data.transforms`` in MONAI's words."""
+    """Pictures in, class ids out at their own size: the geometry of ``icmoe.data.transforms`` in MONAI's words.
+
+    Resizing is a ``Lambdad`` around torch's antialiased interpolation, as in training. ``Resized`` does not smooth, and
+    with ``anti_aliasing`` its Gaussian is too narrow: on three retinal images of twice the network's size its masks
+    overlap with those of ``predict`` at a Dice of 0.81 to 0.82 and 0.82 to 0.91, these at 0.89 to 0.95. The rest is
+    ``predict``'s bf16.
+    """
     size = network.image_size
     return {
         "imports": ["$import glob", "$import monai", "$import numpy", "$import torch"],
@@ -105,15 +111,17 @@ def _inference(network: DeployedNetwork) -> dict[str, Any]:
                 {
                     "_target_": "LoadImaged",
                     "keys": "image",
-                    "reader": "$monai.data.PILReader(lambda image: image.convert('RGB'), reverse_indexing=False)",
+                    # Pillow cuts grey of more than 8 bits off at 255 when it makes colour of it: that is kept as it is.
+                    "reader": "$monai.data.PILReader(lambda image: image if image.mode[0] in 'IF' else "
+                    "image.convert('RGB'), reverse_indexing=False)",
                 },
-                {"_target_": "EnsureChannelFirstd", "keys": "image", "channel_dim": -1},
+                {"_target_": "EnsureChannelFirstd", "keys": "image"},
                 {
-                    "_target_": "Resized",
+                    "_target_": "Lambdad",
                     "keys": "image",
-                    "spatial_size": size,
-                    "size_mode": "longest",
-                    "mode": "bilinear",
+                    "func": f"$lambda image: torch.nn.functional.interpolate(image.expand(3, -1, -1)[None], "
+                    f"size=[max(1, int(side * {size} / max(image.shape[1:]) + 0.5)) for side in image.shape[1:]], "
+                    "mode='bilinear', antialias=True)[0]",
                 },
                 {"_target_": "ScaleIntensityd", "keys": "image"},
                 {"_target_": "SpatialPadd", "keys": "image", "spatial_size": [size, size], "method": "end"},
@@ -128,6 +136,13 @@ def _inference(network: DeployedNetwork) -> dict[str, Any]:
                     "transform": "@preprocessing",
                     "orig_keys": "image",
                     "nearest_interp": False,
+                },
+                # The meta data hold the picture's columns before its rows.
+                {
+                    "_target_": "Lambdad",
+                    "keys": "pred",
+                    "func": "$lambda pred: torch.nn.functional.interpolate(pred[None], "
+                    "size=[int(side) for side in pred.meta['spatial_shape'][::-1]], mode='bilinear')[0]",
                 },
                 {"_target_": "AsDiscreted", "keys": "pred", "argmax": True},
                 # MONAI's picture writer takes columns before rows.

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,15 +18,19 @@ from icmoe.checkpoint import (
     write_json,
 )
 from icmoe.config import RunConfig
-from icmoe.errors import BackboneError, RunError
+from icmoe.errors import BackboneError, IcmoeError, RunError
 from icmoe.exchange import SiteReport
-from icmoe.flower import pack_arrays, unpack_site_name
+from icmoe.flower import unpack_site_name
 from icmoe_server.books import Books, Record, summarise_test
-from icmoe_server.strategy import FederationStrategy, describe_failures
+from icmoe_server.rollcall import RollCall, StopWantedError
+from icmoe_server.rounds import Rounds, describe_failures, failure_reasons
+from icmoe_server.status import StatusBoard
 
 NODES_TIMEOUT = 300.0
-"""Seconds for all sites to say their name; their processes load torch first, slowly on a busy machine."""
+"""Seconds for all sites of a simulation to say their name; their processes load torch first."""
 logger = logging.getLogger(__name__)
+
+Registered = Callable[[], Mapping[str, int]]
 
 
 @dataclass(frozen=True)
@@ -37,12 +41,15 @@ class Plan:
         run: the run config.
         run_dir: holds at least the checkpoint of round 0.
         sites: expected sites by name.
+        registered: gives site name -> node id by registered key. ``None`` asks the nodes for their names instead, which
+            is right only where nobody has a reason to lie: in a simulation.
         on_round: called with each finished line of ``rounds.jsonl``.
     """
 
     run: RunConfig
     run_dir: Path
     sites: tuple[str, ...]
+    registered: Registered | None = None
     on_round: Callable[[Record], None] = lambda record: None
 
 
@@ -58,38 +65,57 @@ def make_server_app(plan: Plan) -> ServerApp:
 
 
 def run_federation(plan: Plan, grid: Grid) -> None:
-    """All remaining rounds, the last validation and the test.
+    """All remaining rounds, the last validation and the test. ``status.json`` says how it ended.
 
     Raises:
-        RunError: if expected sites are missing or no site ever gave a usable update.
+        RunError: if too few sites gave a usable update.
         CheckpointError: if the run directory's checkpoint is damaged.
     """
+    board = StatusBoard(plan.run_dir, num_rounds=plan.run.federation.num_rounds, sites=plan.sites)
+    try:
+        _run_rounds(plan, grid, board)
+    except StopWantedError:
+        board.stopped()
+    except IcmoeError as error:
+        board.stage("failed", reason=str(error))
+        raise
+
+
+def _run_rounds(plan: Plan, grid: Grid, board: StatusBoard) -> None:
     started = time.monotonic()
     start = latest_checkpoint(plan.run_dir)
+    board.stage("starting", server_round=start.server_round)
     books = Books(plan.run_dir, last_round=start.server_round)
-    strategy = FederationStrategy(
+    federation = plan.run.federation
+    rounds = Rounds(
         run=plan.run,
         run_dir=plan.run_dir,
         books=books,
-        nodes=find_sites(grid, plan.sites),
+        sites=plan.sites,
+        roll_call=RollCall(
+            grid,
+            registered=plan.registered or _by_name(grid, plan.sites),
+            board=board,
+            on_missing=federation.on_missing,
+            deadline=federation.round_deadline,
+        ),
+        board=board,
         start=start,
         on_round=plan.on_round,
     )
-    remaining = plan.run.federation.num_rounds - start.server_round
-    if remaining > 0:
-        strategy.start(
-            grid=grid,
-            initial_arrays=pack_arrays(start.arrays),
-            num_rounds=remaining,
-            timeout=plan.run.federation.round_timeout,
-            evaluate_fn=strategy.finish_round,
-        )
+    for server_round in range(start.server_round + 1, federation.num_rounds + 1):
+        rounds.train(server_round)
+        if board.stop_wanted():
+            raise StopWantedError
     if not books.num_aggregated():
-        raise RunError(
-            f"in no round did federation.min_replies = {plan.run.federation.min_replies} sites give a usable update: "
-            f"{describe_failures(books.records[-1])}"
-        )
-    _finish(plan, grid, strategy, books, seconds=time.monotonic() - started)
+        raise RunError(f"in no round did enough sites give a usable update: {describe_failures(books.records[-1])}")
+    _finish(plan, rounds, books, seconds=time.monotonic() - started)
+    board.stage("finished", server_round=federation.num_rounds)
+
+
+def _by_name(grid: Grid, sites: tuple[str, ...]) -> Registered:
+    nodes = find_sites(grid, sites)
+    return lambda: nodes
 
 
 def find_sites(grid: Grid, expected: tuple[str, ...], *, timeout: float = NODES_TIMEOUT) -> dict[str, int]:
@@ -117,10 +143,10 @@ def find_sites(grid: Grid, expected: tuple[str, ...], *, timeout: float = NODES_
         time.sleep(0.2)
 
 
-def _finish(plan: Plan, grid: Grid, strategy: FederationStrategy, books: Books, *, seconds: float) -> None:
+def _finish(plan: Plan, rounds: Rounds, books: Books, *, seconds: float) -> None:
     num_rounds = plan.run.federation.num_rounds
     final = load_checkpoint(round_folder(plan.run_dir, num_rounds))
-    reports, failures = strategy.score(grid, "validate", num_rounds, final.arrays)
+    reports, failures = rounds.score("validate", num_rounds, final.arrays)
     val_dice = {site: report.numbers["dice"] for site, report in reports.items() if "dice" in report.numbers}
     books.add(
         {
@@ -138,11 +164,12 @@ def _finish(plan: Plan, grid: Grid, strategy: FederationStrategy, books: Books, 
         best_round = num_rounds
         mark_best(plan.run_dir, best_round)
     best = load_checkpoint(round_folder(plan.run_dir, best_round))
-    tested, test_failures = strategy.score(grid, "test", best_round, best.arrays)
-    last = tested if best_round == num_rounds else strategy.score(grid, "test", num_rounds, final.arrays)[0]
+    tested, test_failures = rounds.score("test", best_round, best.arrays)
+    last = tested if best_round == num_rounds else rounds.score("test", num_rounds, final.arrays)[0]
     if not tested:
         raise RunError(f"no site could score the test split: {describe_failures(test_failures)}")
-    write_json(plan.run_dir / "results.json", _results(plan, books, best, tested, last, seconds))
+    results = _results(plan, books, best, tested, last, seconds)
+    write_json(plan.run_dir / "results.json", {**results, "not_scored": failure_reasons(test_failures)})
 
 
 def _results(

@@ -85,8 +85,8 @@ class TestConfig:
 
     def test_more_replies_asked_for_than_there_are_sites(self, simulate: Any) -> None:
         """Such a run would never change the model, and say that all went well."""
-        output = simulate("--set", "federation.min_replies=4", expect=2)
-        assert "min_replies" in output
+        output = simulate("--set", "federation.quorum=4", expect=2)
+        assert "quorum" in output
 
     def test_data_is_needed(self, run_main: Main, config: Path, tmp_path: Path) -> None:
         code, output = run_main("simulate", config, "--out", tmp_path / "out")

@@ -21,6 +21,7 @@ def exported(icmoe_fl: Any, finished: Path, tmp_path_factory: pytest.TempPathFac
     done = icmoe_fl.run("export", finished, "--out", out, "--format", "adapters,onnx,monai")
     assert done.process.returncode == 0, done.output
     assert "differs from torch by at most" in done.output
+    assert "of 6 images: noise, gradient, shapes, examples/00.npz, examples/01.npz, examples/02.npz" in done.output
     return out
 
 
@@ -67,16 +68,22 @@ def test_the_bundle_runs_alone_and_gives_our_masks(
     for site in "abc":
         # A wide picture, so that swapped axes would show.
         Image.open(discs / f"{site}4.png").crop((0, 8, 64, 56)).save(bundle / "input" / f"{site}.png")
+    with Image.open(bundle / "input" / "a.png") as picture:
+        # Values beyond 8 bits, and a picture that shrinks to less than half: fine noise must not turn into shapes.
+        Image.fromarray(np.asarray(picture).astype(np.uint16) * 200 + 3000).save(bundle / "input" / "deep.png")
+        large = np.asarray(picture.resize((640, 480), Image.Resampling.BICUBIC)).astype(int)
+    large[::2, ::2] += 60
+    Image.fromarray(large.clip(0, 255).astype(np.uint8)).save(bundle / "input" / "large.png")
     command = [sys.executable, "-W", "ignore", "-m", "monai.bundle", "run", "--config_file", "configs/inference.json"]
     subprocess.run(command, cwd=bundle, check=True, timeout=300, capture_output=True)
     done = icmoe_fl.run("predict", finished, bundle / "input", "--out", tmp_path / "ours")
     assert done.process.returncode == 0, done.output
-    for site in "abc":
-        ours = np.asarray(Image.open(tmp_path / "ours" / site / "mask.png"))
-        theirs = np.asarray(Image.open(bundle / "output" / f"{site}_mask.png"))
-        assert ours.shape == theirs.shape == (48, 64)
-        assert (ours == theirs).mean() > 0.98
+    for name in ("a", "b", "c", "deep", "large"):
+        ours = np.asarray(Image.open(tmp_path / "ours" / name / "mask.png"))
+        theirs = np.asarray(Image.open(bundle / "output" / f"{name}_mask.png"))
+        assert ours.shape == theirs.shape == ((480, 640) if name == "large" else (48, 64))
         assert ours.any()
+        assert (ours == theirs).mean() > 0.995, name
 
 
 def test_a_folder_that_is_not_empty_is_kept(run_main: Any, exported: Path, finished: Path) -> None:

@@ -79,7 +79,8 @@ def test_sites_that_drop_out_are_written_down_and_leftovers_of_a_killed_run_do_n
 ) -> None:
     """With this seed site a fails in rounds 1 and 3, sites b and c in round 2."""
     out = tmp_path / "run"
-    changes = ("simulation.dropout=0.5", "train.seed=3", "federation.strategy=fedadam", "federation.scope.norm=local")
+    dropping = ("simulation.dropout=0.5", "federation.quorum=1", "train.seed=3")
+    changes = (*dropping, "federation.strategy=fedadam", "federation.scope.norm=local")
     command = ("simulate", config, "--data", discs, "--out", out, *(part for c in changes for part in ("--set", c)))
 
     # As the kernel does where memory is short: the main process alone dies, Ray's processes are left.
@@ -106,7 +107,7 @@ def test_sites_that_drop_out_are_written_down_and_leftovers_of_a_killed_run_do_n
 
 def test_a_run_without_one_good_reply_fails(icmoe_fl: Any, config: Path, discs: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    changes = ("simulation.dropout=0.99", "federation.num_rounds=2")
+    changes = ("simulation.dropout=0.99", "federation.quorum=1", "federation.num_rounds=2")
     done = icmoe_fl.run(
         "simulate", config, "--data", discs, "--out", out, *(part for c in changes for part in ("--set", c))
     )

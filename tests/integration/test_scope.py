@@ -38,7 +38,9 @@ def configured(config: Path) -> Callable[..., RunConfig]:
 
 
 def ask(site: Site, run: RunConfig, arrays: dict[str, Array], server_round: int, job: Job = "train") -> Answer:
-    return trainer.carry_out(site, Instruction(job, run.model_dump_json(), run.digest(), server_round), arrays)
+    return trainer.carry_out(
+        site, Instruction(job, run.model_dump_json(), run.digest(), server_round, site.name), arrays
+    )
 
 
 def initial(site: Site, run: RunConfig) -> tuple[dict[str, Array], dict[str, Array]]:
@@ -153,7 +155,7 @@ def test_a_backbone_that_changed_is_noticed(
 def test_another_config_than_announced_is_refused(site: Site, configured: Callable[..., RunConfig]) -> None:
     run = configured()
     with pytest.raises(ExchangeError, match="digest"):
-        trainer.carry_out(site, Instruction("train", run.model_dump_json(), "0" * 64, 1), {})
+        trainer.carry_out(site, Instruction("train", run.model_dump_json(), "0" * 64, 1, site.name), {})
 
 
 def test_other_tensors_than_the_models_are_refused(site: Site, configured: Callable[..., RunConfig]) -> None:

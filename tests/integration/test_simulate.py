@@ -47,6 +47,7 @@ class TestRunDirectory:
             "report.html",
             "results.json",
             "rounds.jsonl",
+            "status.json",
             "tensorboard",
         }
         assert sorted(path.name for path in (finished / "checkpoints").iterdir()) == [

@@ -78,7 +78,7 @@ def test_an_update_comes_back_from_its_record(report: SiteReport, arrays: dict[s
 def test_an_instruction_comes_back_from_its_record(
     job: str, run_json: str, digest: str, server_round: int, arrays: dict[str, Array]
 ) -> None:
-    sent = Instruction(job=job, run_json=run_json, config_digest=digest, server_round=server_round)  # type: ignore[arg-type]
+    sent = Instruction(job=job, run_json=run_json, config_digest=digest, server_round=server_round, site="a")  # type: ignore[arg-type]
     instruction, back = unpack_instruction(pack_instruction(sent, arrays))
     assert instruction == sent
     same_tensors(back, arrays)

@@ -42,7 +42,7 @@ def _inside_flower(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run_config(**simulation: float) -> RunConfig:
     task = {"name": "discs", "classes": {"disc": 1}}
-    return RunConfig.model_validate({"task": task, "simulation": simulation})
+    return RunConfig.model_validate({"task": task, "simulation": simulation, "federation": {"quorum": 1}})
 
 
 def ask(
@@ -57,7 +57,7 @@ def ask(
     run = run or run_config()
     monkeypatch.setattr(client_app, "carry_out", work)
     if content is None:
-        content = pack_instruction(Instruction(job, run.model_dump_json(), run.digest(), 2), ARRAYS)
+        content = pack_instruction(Instruction(job, run.model_dump_json(), run.digest(), 2, "oslo"), ARRAYS)
     message_type = MessageType.TRAIN if job == "train" else MessageType.EVALUATE
     return send(Message(content, dst_node_id=5, message_type=message_type), simulated=simulated)
 

@@ -13,6 +13,7 @@ def run_config(seed: int = 0, dropout: float = 0.0) -> RunConfig:
             "task": {"name": "discs", "classes": {"disc": 1}},
             "train": {"seed": seed},
             "simulation": {"dropout": dropout},
+            "federation": {"quorum": 1},
         }
     )
 

@@ -185,6 +185,17 @@ def keep_patient_id(root: Path, rows: list[Row]) -> None:
     rows[3]["patient"] = "secret77"
 
 
+def forget_patients(root: Path, rows: list[Row]) -> None:
+    """One id for all, as anonymisation often leaves it; so they can only be in one split."""
+    for row in rows:
+        row["patient"], row["split"] = "ANON", "train"
+
+
+def lose_patient_ids(root: Path, rows: list[Row]) -> None:
+    for number in (3, 4, 5):
+        use_dicom(root, rows, number, name=f"slice{number}.dcm", PatientID="", PatientName="")
+
+
 def no_test_images(root: Path, rows: list[Row]) -> None:
     rows[10]["split"] = rows[11]["split"] = "val"
 
@@ -224,6 +235,8 @@ DEFECTS: Mapping[str, tuple[Seed, str, str, str]] = {
     "screen capture": (capture_screen, "burned-in-text", "warning", "images/slice.dcm"),
     "name in the path": (name_patient, "identifying-tag", "warning", "images/muster_03.dcm"),
     "hospital id as patient": (keep_patient_id, "identifying-tag", "warning", "images/slice.dcm"),
+    "one id for all patients": (forget_patients, "one-patient", "warning", "images/03.png"),
+    "no PatientID": (lose_patient_ids, "patient-id-missing", "warning", "images/slice4.dcm"),
     "no test images": (no_test_images, "split-missing", "warning", ""),
     "no training images": (no_training_images, "no-training-images", "error", ""),
     "misspelt split": (misspell_split, "manifest-line", "error", "images/03.png"),
@@ -336,6 +349,18 @@ def test_missing_manifest(tmp_path: Path) -> None:
         check(tmp_path)
 
 
+def test_ids_that_tell_patients_apart_are_no_finding(tmp_path: Path, rows: list[Row]) -> None:
+    lose_patient_ids(tmp_path, rows)
+    # Somebody told the patients apart by other means: two of the pictures are of one.
+    rows[3]["patient"] = rows[4]["patient"]
+    write_manifest(tmp_path, rows)
+    assert of_code(check(tmp_path), "patient-id-missing") == []
+    for row in rows[1:]:
+        row["patient"], row["split"] = "p1", "train"
+    write_manifest(tmp_path, rows)
+    assert of_code(check(tmp_path), "one-patient") == []
+
+
 class TestVolumes:
     def prepare(self, root: Path, rows: list[Row], *, label_shape: tuple[int, ...] = (12, 10, 6)) -> None:
         volume = np.random.default_rng(3).integers(1, 400, (12, 10, 6)).astype(np.int16)
@@ -356,6 +381,23 @@ class TestVolumes:
         assert empty.code == "empty-mask"
         assert empty.files == tuple(f"scan.nii.gz [axial {number}]" for number in (0, 1, 5))
         assert report.usable == 18
+
+    def test_blank_slices(self, tmp_path: Path, rows: list[Row]) -> None:
+        self.prepare(tmp_path, rows)
+        scan = nib.load(tmp_path / "scan.nii.gz")
+        values = np.asarray(scan.dataobj).copy()
+        values[:, :, 0] = values[:, :, 5] = 7
+        nib.save(nib.Nifti1Image(values, scan.affine), tmp_path / "scan.nii.gz")
+        report = check(tmp_path)
+        (finding,) = of_code(report, "constant-slice")
+        assert finding.kind.severity == "warning"
+        assert finding.files == ("scan.nii.gz [axial 0]", "scan.nii.gz [axial 5]")
+        assert (report.usable, report.errors) == (18, ())
+
+    def test_slices_of_one_volume_are_one_patient_of_course(self, tmp_path: Path, rows: list[Row]) -> None:
+        rows.clear()
+        self.prepare(tmp_path, rows)
+        assert of_code(check(tmp_path), "one-patient") == []
 
     def test_grid_mismatch_is_one_finding(self, tmp_path: Path, rows: list[Row]) -> None:
         self.prepare(tmp_path, rows, label_shape=(12, 10, 7))

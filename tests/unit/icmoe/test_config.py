@@ -117,7 +117,7 @@ class TestRefusals:
     @pytest.mark.parametrize("value", [float("inf"), float("nan")])
     def test_a_number_that_json_cannot_hold_is_refused(self, value: float) -> None:
         """It would arrive as null at the sites."""
-        refuse(r"federation\.round_timeout", federation={"round_timeout": value})
+        refuse(r"federation\.round_deadline", federation={"round_deadline": value})
 
     def test_a_config_cannot_be_changed(self) -> None:
         config = parse()

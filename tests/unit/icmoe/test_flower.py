@@ -20,7 +20,9 @@ from icmoe.flower import (
 )
 from icmoe.types import Array
 
-INSTRUCTION = Instruction(job="train", run_json='{"task": {}}', config_digest="c" * 64, server_round=7)
+INSTRUCTION = Instruction(
+    job="train", run_json='{"task": {}}', config_digest="c" * 64, server_round=7, site="hospitalA"
+)
 REPORT = SiteReport(
     site="oslo",
     server_round=7,
@@ -47,7 +49,7 @@ def same(one: SiteReport, other: SiteReport) -> None:
 
 @pytest.mark.parametrize("job", ["train", "validate", "test"])
 def test_an_instruction_comes_back(job: Job) -> None:
-    sent = Instruction(job=job, run_json=INSTRUCTION.run_json, config_digest="c" * 64, server_round=7)
+    sent = Instruction(job=job, run_json=INSTRUCTION.run_json, config_digest="c" * 64, server_round=7, site="hospitalA")
     instruction, arrays = unpack_instruction(pack_instruction(sent, TENSORS))
     assert instruction == sent
     assert list(arrays) == list(TENSORS)

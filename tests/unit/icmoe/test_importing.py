@@ -157,7 +157,9 @@ class TestPairs:
 class TestImport:
     def test_nothing_is_copied_and_paths_stay_relative(self, tmp_path: Path) -> None:
         import_folder(request(cases(tmp_path / "archive", 3), tmp_path / "out"))
-        assert {path.name for path in (tmp_path / "out").iterdir()} == {"manifest.csv", "source"}
+        assert {path.name for path in (tmp_path / "out").iterdir()} == {
+            "manifest.csv", "pseudonyms.json", "source",
+        }  # fmt: skip
         assert all(line["image"].startswith("source/P") for line in lines_of(tmp_path / "out"))
         assert len(load_manifest(tmp_path / "out").samples) == 12
 
@@ -263,6 +265,57 @@ class TestSecret:
         assert path.read_text() == content
 
 
+class TestSecretOfAFolder:
+    """One patient must not get two pseudonyms because a path was mistyped."""
+
+    def test_a_new_secret_is_said_loudly_and_an_old_one_is_not(self, tmp_path: Path) -> None:
+        archive, key = cases(tmp_path / "archive", 3), tmp_path / "key"
+        first = invoke("import", archive, "--out", tmp_path / "a", "--labels", "nifti", "--secret", key)
+        assert f"A NEW SECRET WAS MADE: {key}" in first.stderr
+        again = invoke("import", archive, "--out", tmp_path / "b", "--labels", "nifti", "--secret", key)
+        assert again.exit_code == 0, again.output
+        assert "NEW SECRET" not in again.output
+        assert (tmp_path / "a" / "pseudonyms.json").read_text() == (tmp_path / "b" / "pseudonyms.json").read_text()
+        assert load_secret(key).hex() not in (tmp_path / "a" / "pseudonyms.json").read_text()
+
+    def test_a_mistyped_path_makes_no_secret_for_a_folder_that_has_one(self, tmp_path: Path) -> None:
+        archive, out = cases(tmp_path / "archive", 3), tmp_path / "out"
+        invoke("import", archive, "--out", out, "--labels", "nifti", "--secret", tmp_path / "key")
+        (out / "manifest.csv").rename(tmp_path / "old.csv")
+        wrong = invoke("import", archive, "--out", out, "--labels", "nifti", "--secret", tmp_path / "kay")
+        assert isinstance(wrong.exception, ConfigError)
+        assert "kay does not exist" in str(wrong.exception)
+        assert not (tmp_path / "kay").exists()
+        assert not (out / "manifest.csv").exists()
+
+    def test_another_secret_is_refused(self, tmp_path: Path) -> None:
+        archive, out = cases(tmp_path / "archive", 3), tmp_path / "out"
+        import_folder(request(archive, out))
+        (out / "manifest.csv").rename(tmp_path / "old.csv")
+        with pytest.raises(ConfigError, match="were made with the secret"):
+            import_folder(request(archive, out, secret=bytes(32)))
+        import_folder(request(archive, out))
+        assert (out / "manifest.csv").read_text() == (tmp_path / "old.csv").read_text()
+
+    @pytest.mark.parametrize(("made", "told"), [(False, "kay does not exist"), (True, "were made with the secret")])
+    def test_removal_with_the_wrong_secret_is_refused(self, tmp_path: Path, made: bool, told: str) -> None:
+        out = tmp_path / "out"
+        import_folder(request(cases(tmp_path / "archive", 3), out))
+        if made:
+            load_secret(tmp_path / "kay")
+        done = invoke("remove", out, "--patient", "P00_t1", "--secret", tmp_path / "kay")
+        assert isinstance(done.exception, ConfigError)
+        assert told in str(done.exception)
+
+    def test_a_damaged_note_is_never_replaced(self, tmp_path: Path) -> None:
+        out = tmp_path / "out"
+        out.mkdir()
+        (out / "pseudonyms.json").write_text("{")
+        with pytest.raises(ConfigError, match="Restore it from a backup"):
+            import_folder(request(cases(tmp_path / "archive", 3), out))
+        assert (out / "pseudonyms.json").read_text() == "{"
+
+
 def invoke(*arguments: str | Path) -> Any:
     return CliRunner().invoke(app, ["data", *map(str, arguments)], standalone_mode=False)
 
@@ -290,8 +343,9 @@ class TestCommands:
     @pytest.mark.parametrize(
         ("changes", "told"),
         [
-            (["--labels", "rtstruct"], "SEG"),
-            (["--labels", "png"], "seg, nifti, mask"),
+            (["--labels", "png"], "seg, rtstruct, nifti, mask"),
+            (["--labels", "nifti", "--roi", "Liver"], "--labels rtstruct"),
+            (["--labels", "rtstruct", "--roi", "Liver", "--roi", "liver "], "each name once"),
             (["--labels", "nifti", "--axis", "up"], "axial, coronal, sagittal"),
             (["--labels", "nifti", "--split", "0.7,0.3"], "three shares"),
             (["--labels", "nifti", "--intensity", "ct"], "window:LOW:HIGH"),

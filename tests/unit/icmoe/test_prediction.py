@@ -234,8 +234,17 @@ class TestFolders:
         (item,) = find_inputs(path, out=out)
         assert not writer.is_done(item, overwrite=False)
         (out / "0" / "thesis.txt").touch()
-        with pytest.raises(ConfigError, match="no prediction of ours"):
+        with pytest.raises(ConfigError, match=r"no prediction of ours.*--out, or move or rename"):
             writer.is_done(item, overwrite=True)
+
+    @pytest.mark.parametrize(("source", "out"), [("in", "in"), ("in", "."), ("in/ct", "in")])
+    def test_images_that_lie_in_the_output_folder(self, tmp_path: Path, source: str, out: str) -> None:
+        save_pictures(tmp_path / "in", 1)
+        (tmp_path / "in" / "ct").mkdir()
+        app = typer.Typer()
+        app.command()(predict)
+        with pytest.raises(ConfigError, match=rf"Choose a folder for --out .*{Path(source).name}_masks"):
+            app([str(tmp_path), str(tmp_path / source), "--out", str(tmp_path / out)], standalone_mode=False)
 
     def test_a_full_disk(self, tmp_path: Path, out: Path, predictor: Predictor) -> None:
         nib.save(nib.Nifti1Image(np.random.default_rng(0).random((40, 40, 4)), np.eye(4)), tmp_path / "v.nii")

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from icmoe import simulation
+from icmoe import first_checkpoint, simulation
 from icmoe.checkpoint import holds_run, latest_checkpoint
 from icmoe.config import RunConfig
 from icmoe.data.checked import write_checked
@@ -104,21 +104,24 @@ def test_cpus_are_those_this_process_may_use() -> None:
     assert num_cpus() == len(os.sched_getaffinity(0))
 
 
+def open_run(asked: SimulationRequest, bench: Any) -> None:
+    first_checkpoint.open_run_directory(asked.out, asked.run, bench.backbone, bench.model)
+
+
 class TestOpenRun:
     """A model of two tensors, one of which is shared, stands for the workbench."""
 
     @pytest.fixture
     def bench(self) -> Any:
-        model = torch.nn.Module()
+        model: Any = torch.nn.Module()
         model.router = torch.nn.Linear(2, 1, bias=False)
         model.kept = torch.nn.Linear(2, 1, bias=False)
-        return SimpleNamespace(
-            model=model, shared=lambda: ("router.weight",), backbone=SimpleNamespace(digest=lambda: "b" * 64)
-        )
+        model.adapter_params = lambda: ("router.weight",)
+        return SimpleNamespace(model=model, backbone=SimpleNamespace(digest=lambda: "b" * 64))
 
     def test_writes_config_and_the_shared_tensors(self, data: Path, bench: Any) -> None:
         asked = request(data)
-        simulation._open_run(asked, bench)
+        open_run(asked, bench)
         start = latest_checkpoint(asked.out)
         assert start.server_round == 0
         assert list(start.arrays) == ["router.weight"]
@@ -126,10 +129,10 @@ class TestOpenRun:
         assert (asked.out / "config.sha256").read_text().strip() == start.config_digest == asked.run.digest()
 
     def test_resuming_keeps_the_checkpoint(self, data: Path, bench: Any) -> None:
-        simulation._open_run(request(data), bench)
+        open_run(request(data), bench)
         before = latest_checkpoint(data.parent / "run").arrays["router.weight"].copy()
         torch.nn.init.zeros_(bench.model.router.weight)
-        simulation._open_run(request(data, resume=True), bench)
+        open_run(request(data, resume=True), bench)
         assert np.array_equal(latest_checkpoint(data.parent / "run").arrays["router.weight"], before)
 
     @pytest.mark.parametrize(
@@ -137,10 +140,10 @@ class TestOpenRun:
         [
             ({}, "already holds a run"),
             ({"resume": True, "run": run_config(train={"seed": 5})}, "another config"),
-            ({"run": run_config(federation={"min_replies": 4}), "out": Path("elsewhere")}, "min_replies"),
+            ({"run": run_config(federation={"quorum": 4}), "out": Path("elsewhere")}, "quorum"),
             (
                 {
-                    "run": run_config(federation={"min_replies": 2}, simulation={"fraction_train": 0.4}),
+                    "run": run_config(federation={"quorum": 2}, simulation={"fraction_train": 0.4}),
                     "out": Path("elsewhere"),
                 },
                 "asks 1 of",
@@ -154,7 +157,7 @@ class TestOpenRun:
         def encode(*_: Any) -> None:
             raise AssertionError("encoded first")
 
-        simulation._open_run(request(data), bench)
+        open_run(request(data), bench)
         monkeypatch.setattr(simulation, "encode_everything", encode)
         watcher: Any = SimpleNamespace(stage=print, advance=print, round_done=print)
         with pytest.raises(ConfigError, match=told):
@@ -179,12 +182,12 @@ class TestOpenRun:
 
         with monkeypatch.context() as patched:
             for name in ("save_checkpoint", "write_text"):
-                patched.setattr(simulation, name, then_die(getattr(simulation, name)))
+                patched.setattr(first_checkpoint, name, then_die(getattr(first_checkpoint, name)))
             with pytest.raises(KeyboardInterrupt):
-                simulation._open_run(request(data), bench)
+                open_run(request(data), bench)
         out = data.parent / "run"
         assert holds_run(out)
-        simulation._open_run(request(data, resume=True), bench)
+        open_run(request(data, resume=True), bench)
         assert latest_checkpoint(out).server_round == 0
         assert (out / "config.yaml").exists()
         assert (out / "config.sha256").exists()

@@ -5,56 +5,66 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import Message, MessageType, RecordDict
+from flwr.app import RecordDict
 
 from icmoe.checkpoint import Checkpoint, load_checkpoint, round_folder
 from icmoe.errors import RunError
 from icmoe.exchange import Instruction
-from icmoe.flower import pack_arrays, pack_report
+from icmoe.flower import pack_report
 from icmoe.types import Array
 from icmoe_server.books import Books
-from icmoe_server.strategy import FederationStrategy, describe_failures, sort_replies
+from icmoe_server.rollcall import RollCall
+from icmoe_server.rounds import Rounds, describe_failures
+from icmoe_server.status import StatusBoard
 
 
-class Round:
-    """Plays single rounds of a strategy."""
+class Game:
+    """Plays single rounds."""
 
     def __init__(self, centre: Any, *, start: Checkpoint | None = None) -> None:
         self.centre = centre
         start = start or centre.start()
         self.lines: list[dict[str, Any]] = []
-        self.books = Books(centre.run_dir, last_round=start.server_round)
-        self.strategy = FederationStrategy(
-            run=centre.run(),
+        self.grid = centre.grid()
+        run = centre.run()
+        board = StatusBoard(centre.run_dir, num_rounds=run.federation.num_rounds, sites=centre.sites)
+        self.rounds = Rounds(
+            run=run,
             run_dir=centre.run_dir,
-            books=self.books,
-            nodes=centre.grid().nodes,
+            books=Books(centre.run_dir, last_round=start.server_round),
+            sites=centre.sites,
+            roll_call=RollCall(
+                self.grid,
+                registered=lambda: self.grid.nodes,
+                board=board,
+                on_missing=run.federation.on_missing,
+                deadline=run.federation.round_deadline,
+            ),
+            board=board,
             start=start,
             on_round=self.lines.append,
         )
-        self.arrays = pack_arrays(start.arrays)
 
     def play(self, server_round: int, answer: Callable[..., Any] | None = None) -> dict[str, Any]:
-        grid = self.centre.grid(answer or self.centre.good)
-        messages = list(self.strategy.configure_train(server_round, self.arrays, None, grid))  # type: ignore[arg-type]
-        self.asked = grid.asked
-        new, metrics = self.strategy.aggregate_train(server_round, grid.send_and_receive(messages))
-        assert metrics is None
-        assert new is not None
-        self.arrays = new
-        self.strategy.finish_round(server_round, new)
-        return dict(self.lines[-1])
+        self.grid.answer = answer or self.centre.good
+        self.grid.asked = []
+        return self.rounds.train(server_round)
+
+    @property
+    def asked(self) -> list[tuple[str, str, int]]:
+        return list(self.grid.asked)
 
     def tensors(self) -> dict[str, Array]:
-        return {name: array.numpy() for name, array in self.arrays.items()}
+        newest = max((self.centre.run_dir / "checkpoints").glob("round_*"))
+        return dict(load_checkpoint(newest).arrays)
 
 
 @pytest.fixture
-def game(centre: Any) -> Round:
-    return Round(centre)
+def game(centre: Any) -> Game:
+    return Game(centre)
 
 
-def test_a_good_round_averages_and_is_written_down(game: Round, centre: Any) -> None:
+def test_a_good_round_averages_and_is_written_down(game: Game, centre: Any) -> None:
     line = game.play(1)
     assert line["asked"] == line["answered"] == ["a", "b", "c"]
     assert line["failed"] == line["quarantined"] == {}
@@ -87,7 +97,7 @@ BAD_REPORTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("told", BAD_REPORTS)
-def test_a_bad_report_is_quarantined_and_the_round_goes_on(game: Round, centre: Any, told: str) -> None:
+def test_a_bad_report_is_quarantined_and_the_round_goes_on(game: Game, centre: Any, told: str) -> None:
     def answer(site: str, instruction: Instruction, arrays: dict[str, Array]) -> RecordDict:
         changes = dict(BAD_REPORTS[told]) if site == "b" else {}
         content: RecordDict = centre.good(site, instruction, arrays, **changes)
@@ -113,7 +123,7 @@ BAD_TENSORS: dict[str, Callable[[dict[str, Array]], dict[str, Array]]] = {
 
 
 @pytest.mark.parametrize("told", BAD_TENSORS)
-def test_bad_tensors_are_quarantined(game: Round, centre: Any, told: str) -> None:
+def test_bad_tensors_are_quarantined(game: Game, centre: Any, told: str) -> None:
     def answer(site: str, instruction: Instruction, arrays: dict[str, Array]) -> RecordDict:
         if site != "b":
             content: RecordDict = centre.good(site, instruction, arrays)
@@ -125,46 +135,37 @@ def test_bad_tensors_are_quarantined(game: Round, centre: Any, told: str) -> Non
     assert told in line["quarantined"]["b"]
 
 
-def test_a_reply_that_is_none_of_ours_is_quarantined(game: Round, centre: Any) -> None:
+def test_a_reply_that_is_none_of_ours_is_quarantined(game: Game, centre: Any) -> None:
     line = game.play(1, lambda site, *rest: RecordDict() if site == "b" else centre.good(site, *rest))
     assert "no tensors" in line["quarantined"]["b"]
 
 
-def test_errors_are_told_apart_by_the_message_they_answer(game: Round, centre: Any) -> None:
+def test_errors_are_told_apart_by_the_message_they_answer(game: Game, centre: Any) -> None:
     """The fake grid gives all errors one sender and turns the order round, as Flower may."""
 
     def answer(site: str, instruction: Instruction, arrays: dict[str, Array]) -> Any:
         return {"a": RuntimeError("disk of a"), "b": None}.get(site, centre.good(site, instruction, arrays))
 
     line = game.play(1, answer)
-    assert line["failed"] == {"a": "disk of a", "b": "no answer before the round's timeout"}
+    assert line["failed"] == {"a": "disk of a", "b": "no answer before the round's deadline"}
     assert line["answered"] == ["c"]
 
 
-def test_a_reply_to_nothing_is_ignored(centre: Any) -> None:
-    message = Message(RecordDict(), dst_node_id=1, message_type=MessageType.TRAIN)
-    stray = Message(RecordDict(), reply_to=message)
-    stray.metadata.__dict__["_reply_to_message_id"] = "of another run"
-    record: dict[str, Any] = {"failed": {}}
-    assert sort_replies([stray], [(message, "a")], record, asked=["a"]) == {}
-    assert list(record["failed"]) == ["a"]
-
-
-def test_three_rounds_without_a_good_reply_end_the_run(game: Round, centre: Any) -> None:
+def test_three_rounds_without_a_good_reply_end_the_run(game: Game, centre: Any) -> None:
     def answer(*_: Any) -> Exception:
         return RuntimeError("out of memory")
 
     game.play(1, answer)
     game.play(2, answer)
-    with pytest.raises(RunError, match=r"3 rounds in a row.*a: out of memory"):
+    with pytest.raises(RunError, match=r"round 3: 0 of the 1 sites.*a: out of memory"):
         game.play(3, answer)
     lines = (centre.run_dir / "rounds.jsonl").read_text().splitlines()
-    assert len(lines) == 3
+    assert len(lines) == 2  # the third is to be asked again
     for name, array in centre.tensors.items():
         assert np.array_equal(game.tensors()[name], array)
 
 
-def test_one_good_round_in_between_is_enough_to_go_on(game: Round, centre: Any) -> None:
+def test_one_good_round_in_between_is_enough_to_go_on(game: Game, centre: Any) -> None:
     def nobody(*_: Any) -> Exception:
         return RuntimeError("no")
 
@@ -173,33 +174,40 @@ def test_one_good_round_in_between_is_enough_to_go_on(game: Round, centre: Any) 
     assert len(game.lines) == 6
 
 
-class TestMinReplies:
-    def test_too_few_leave_the_model(self, centre: Any) -> None:
-        centre.changes["federation"] = {"min_replies": 3}
-        game = Round(centre)
-        line = game.play(1, lambda site, *rest: RuntimeError("no") if site == "c" else centre.good(site, *rest))
+def without_c(centre: Any) -> Callable[..., Any]:
+    return lambda site, *rest: RuntimeError("disk full") if site == "c" else centre.good(site, *rest)
+
+
+class TestQuorum:
+    def test_by_default_all_sites_must_answer(self, centre: Any) -> None:
+        centre.changes["federation"] = {"quorum": None, "on_missing": "wait"}
+        game = Game(centre)
+        with pytest.raises(RunError, match=r"round 1: 2 of the 3 sites that federation\.quorum wants.*c: disk full"):
+            game.play(1, without_c(centre))
+        assert not (centre.run_dir / "rounds.jsonl").exists()
+
+    def test_below_it_a_run_that_continues_keeps_its_model(self, centre: Any) -> None:
+        centre.changes["federation"] = {"quorum": 3}
+        game = Game(centre)
+        line = game.play(1, without_c(centre))
         assert line["answered"] == ["a", "b"]
+        assert not line["aggregated"]
         for name, array in centre.tensors.items():
             assert np.array_equal(game.tensors()[name], array)
-        game.play(2)
+        assert game.play(2)["aggregated"]
         assert not np.array_equal(game.tensors()["router.gate.weight"], centre.tensors["router.gate.weight"])
 
-    def test_a_model_that_never_changes_is_no_success(self, centre: Any) -> None:
-        centre.changes["federation"] = {"min_replies": 3}
-        game = Round(centre)
-
-        def play_on() -> None:
-            for server_round in range(1, 4):
-                game.play(server_round, lambda s, *rest: RuntimeError("no") if s == "c" else centre.good(s, *rest))
-
-        with pytest.raises(RunError, match="min_replies"):
-            play_on()
+    def test_at_it_the_round_counts_and_the_line_says_who_is_not_in_it(self, centre: Any) -> None:
+        centre.changes["federation"] = {"quorum": 2, "on_missing": "wait"}
+        line = Game(centre).play(1, without_c(centre))
+        assert line["aggregated"]
+        assert line["failed"] == {"c": "disk full"}
 
 
 class TestSampling:
     def ask(self, centre: Any, seed: int = 0) -> list[list[tuple[str, str, int]]]:
         centre.changes |= {"simulation": {"fraction_train": 0.67}, "train": {"seed": seed}}
-        game, asked = Round(centre), []
+        game, asked = Game(centre), []
         for server_round in range(1, 9):
             game.play(server_round)
             asked.append(game.asked)
@@ -220,13 +228,13 @@ class TestSampling:
 
     def test_a_resumed_run_asks_the_same_sites(self, centre: Any) -> None:
         whole = self.ask(centre)
-        resumed = Round(centre, start=load_checkpoint(round_folder(centre.run_dir, 5)))
-        resumed.play(1)
+        resumed = Game(centre, start=load_checkpoint(round_folder(centre.run_dir, 5)))
+        resumed.play(6)
         assert resumed.asked == whole[5]
 
     def test_a_validating_site_stands_in_the_line_with_its_score_only(self, centre: Any) -> None:
         centre.changes |= {"simulation": {"fraction_train": 0.67}}
-        game = Round(centre)
+        game = Game(centre)
         line = game.play(1)
         assert set(line["val_dice"]) == {"a", "b", "c"}
         assert set(line["bytes_up"]) == set(line["asked"]) == set(line["answered"])
@@ -240,7 +248,7 @@ class TestSampling:
     def test_a_bad_score_is_quarantined_too(self, centre: Any, changes: dict[str, Any]) -> None:
         centre.changes |= {"simulation": {"fraction_train": 0.34}}
         centre.sites = ("b", "c", "d")
-        game = Round(centre)
+        game = Game(centre)
 
         def answer(site: str, instruction: Instruction, arrays: dict[str, Array]) -> RecordDict:
             wrong = dict(changes) if instruction.job == "validate" else {}
@@ -253,11 +261,11 @@ class TestSampling:
 
 
 def test_round_numbers_go_on_after_a_resume(centre: Any) -> None:
-    first = Round(centre)
+    first = Game(centre)
     first.play(1)
     first.play(2)
-    resumed = Round(centre, start=load_checkpoint(round_folder(centre.run_dir, 2)))
-    line = resumed.play(1)
+    resumed = Game(centre, start=load_checkpoint(round_folder(centre.run_dir, 2)))
+    line = resumed.play(3)
     assert line["round"] == 3
     assert {server_round for _, _, server_round in resumed.asked} == {3}
     first.play(3)
@@ -266,7 +274,7 @@ def test_round_numbers_go_on_after_a_resume(centre: Any) -> None:
 
 def test_fp16_replies_are_averaged_in_float32(centre: Any) -> None:
     centre.changes["federation"] = {"communication": {"dtype": "float16"}}
-    game = Round(centre)
+    game = Game(centre)
 
     def answer(site: str, instruction: Instruction, arrays: dict[str, Array]) -> RecordDict:
         half = {name: array.astype(np.float16) for name, array in centre.moved(arrays, 0.5).items()}
@@ -278,6 +286,6 @@ def test_fp16_replies_are_averaged_in_float32(centre: Any) -> None:
 
 
 def test_failures_read_as_one_line() -> None:
-    record = {"failed": {"a": "x"}, "quarantined": {"b": "y"}}
-    assert describe_failures(record) == "a: x; b: y"
+    record = {"failed": {"a": "x"}, "quarantined": {"b": "y"}, "missing": {"c": "noon"}}
+    assert describe_failures(record) == "a: x; b: y; c: missing since noon"
     assert describe_failures({"failed": {}, "quarantined": {}}) == "none were asked"

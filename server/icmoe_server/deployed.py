@@ -1,0 +1,43 @@
+"""The ServerApp of a real centre. The app that travels names this module; its process belongs to one run directory."""
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from icmoe.config import load_run_config
+from icmoe_server.app import Plan, run_federation
+from icmoe_server.centre import Centre
+from icmoe_server.registry import SiteRegistry, read_nodes
+from icmoe_server.status import CENTRE_VARIABLE, RUN_VARIABLE
+
+
+def registered_sites(centre: Centre) -> Callable[[], Mapping[str, int]]:
+    """Site name -> node id by the key that was registered under the name, whatever a node calls itself."""
+
+    def registered() -> dict[str, int]:
+        nodes = read_nodes(centre.nodes)
+        active = SiteRegistry(centre.registry).active()
+        return {
+            name: int(nodes[site.fingerprint].node_id) for name, site in active.items() if site.fingerprint in nodes
+        }
+
+    return registered
+
+
+def _plan() -> Plan:
+    centre = Centre.load(Path(os.environ[CENTRE_VARIABLE]))
+    run_dir = Path(os.environ[RUN_VARIABLE])
+    run = load_run_config(run_dir / "config.yaml")
+    return Plan(run=run, run_dir=run_dir, sites=run.federation.sites, registered=registered_sites(centre))
+
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Go on with the run of this process."""
+    run_federation(_plan(), grid)
