@@ -1,6 +1,7 @@
 """``icmoe-fl server start``: bring a centre up and keep it up until its run has ended."""
 
 import logging
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -39,6 +40,8 @@ def start(
 
     Example: icmoe-fl server start --config configs/run/cardiac.yaml --set 'federation.sites=[hospitalA,hospitalB]'
     """
+    # The supervisor forks its children; gRPC, which answers operators, would warn of it each time.
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     from icmoe_server.centre import Centre
     from icmoe_server.supervisor import StartRequest, Supervisor, prepare_run
 

@@ -95,3 +95,8 @@ def read_status(run_dir: Path) -> dict[str, Any]:
         return dict(json.loads((run_dir / "status.json").read_text(encoding="utf-8")))
     except FileNotFoundError:
         return {}
+
+
+def note_failure(run_dir: Path, reason: str) -> None:
+    """Write down that a run failed, where its ServerApp could not."""
+    write_json(run_dir / "status.json", {**read_status(run_dir), "state": "failed", "reason": reason, "updated": now()})

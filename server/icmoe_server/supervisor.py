@@ -33,7 +33,7 @@ from icmoe_server.operator.messages import ChildInfo
 from icmoe_server.operator.server import serve_operator
 from icmoe_server.operator.service import OperatorService
 from icmoe_server.registry import NodeStatus, SiteRegistry, read_nodes
-from icmoe_server.status import CENTRE_VARIABLE, RUN_VARIABLE, read_status
+from icmoe_server.status import CENTRE_VARIABLE, RUN_VARIABLE, note_failure, read_status
 
 START_SECONDS = 60.0
 TICK = 1.0
@@ -109,6 +109,10 @@ class Supervisor:
                 return "finished"
             try:
                 return self._supervise()
+            except RunError as error:
+                # Operators who watch read the reason there.
+                note_failure(self._request.run_dir, str(error))
+                raise
             finally:
                 for child in reversed(self._children):
                     child.end()
@@ -187,8 +191,13 @@ class Supervisor:
             return
         self._looked_at_nodes = time.monotonic()
         nodes = {node.public_key: node for node in control.nodes()}
-        known = read_nodes(self._centre.nodes)
-        for site in SiteRegistry(self._centre.registry).sites():
+        try:
+            sites, known = SiteRegistry(self._centre.registry).sites(), read_nodes(self._centre.nodes)
+        except ConfigError as error:
+            # Nobody is let in or cut off on the word of a damaged file; who takes part already goes on.
+            logger.error("%s", error)
+            return
+        for site in sites:
             node = nodes.get(public_key_bytes(site.flower_public_key))
             try:
                 if site.revoked is None and node is None:
