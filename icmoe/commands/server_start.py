@@ -67,6 +67,11 @@ def start(
         typer.echo("The centre has ended in order. Start it again with the same command to go on.")
         raise typer.Exit(EXIT_INTERRUPTED)
     typer.echo(f"The run is {state}: {request.run_dir}")
+    if state == "finished":
+        from icmoe.report import write_report, write_tensorboard
+
+        write_tensorboard(request.run_dir)
+        typer.echo(f"Report: {write_report(request.run_dir)}")
 
 
 def print_estimate(run: RunConfig, run_dir: Path) -> None:

@@ -72,6 +72,7 @@ def test_kill_of_superlink_and_site_loses_no_site_and_counts_no_round_twice(
     assert set(finished_results(federation)["sites"]) == set(SITES)
     assert finished_results(federation)["not_scored"] == {}
     assert isinstance(finished["superlink again"], psutil.Process)
+    assert (federation.run_dir / "report.html").stat().st_size > 10_000
 
 
 def finished_results(federation: Any) -> dict[str, Any]:
