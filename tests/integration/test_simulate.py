@@ -111,6 +111,7 @@ class TestResults:
             "num_rounds",
             "empty_masks",
             "final",
+            "not_scored",
             "seconds",
             "cpu_seconds",
             "epsilon",
@@ -126,6 +127,7 @@ class TestResults:
                 assert site["hd95_unit"] == "px"
             assert set(scores["worst_site"]) == {"name", "dice"}
         assert set(results["epsilon"]) == set(results["empty_masks"]) == set(SITES)
+        assert results["not_scored"] == {}
 
     def test_backbone_did_not_change(self, finished: Path, results: dict[str, Any]) -> None:
         assert results["backbone_sha256_before"] == results["backbone_sha256_after"]
