@@ -205,6 +205,12 @@ class FederationConfig(_Section):
     max_update_norm: float = Field(
         default=1e3, gt=0.0, description="L2 norm of a site's change above which it is quarantined"
     )
+    max_update_ratio: float = Field(
+        default=30.0,
+        gt=1.0,
+        description="a site's change is quarantined as well when its L2 norm is more than this many times the usual "
+        "one, the median over the sites of this round and of the two before",
+    )
     round_deadline: float = Field(
         default=3600.0, gt=0.0, description="seconds a round may take, waiting for missing sites included"
     )

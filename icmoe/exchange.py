@@ -192,7 +192,7 @@ def check_report(
 
 def check_update(
     update: Update, *, reference: Arrays, communication: CommunicationConfig, max_update_norm: float
-) -> None:
+) -> float:
     """Refuse tensors that must not enter the aggregate; their report is checked by ``check_report``.
 
     Args:
@@ -200,6 +200,9 @@ def check_update(
         reference: global tensors that were sent out, by name.
         communication: agreed dtype; tensors may only be missing where ``min_expert_share`` allows it.
         max_update_norm: L2 norm of the change above which an update is implausible.
+
+    Returns:
+        L2 norm of the change.
 
     Raises:
         IncompatibleUpdateError: naming the first thing that is wrong.
@@ -221,6 +224,7 @@ def check_update(
         squared += float(np.square(array.astype(np.float64) - reference[name]).sum())
     if squared**0.5 > max_update_norm:
         raise IncompatibleUpdateError(f"the change has L2 norm {squared**0.5:.3g}, allowed is {max_update_norm:.3g}")
+    return float(squared**0.5)
 
 
 def _check_names(arrays: Arrays, reference: Arrays, *, allow_missing_experts: bool) -> None:

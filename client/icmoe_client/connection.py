@@ -32,10 +32,12 @@ class Health:
     Attributes:
         status: of ``GET /health``; 200 is fine.
         ahead: seconds by which this machine's clock is ahead of the centre's; ``None`` where it sent no date.
+        within: seconds by which ``ahead`` may be wrong: half of what the answer took.
     """
 
     status: int
     ahead: float | None
+    within: float = 0.0
 
 
 class Connection:
@@ -46,7 +48,7 @@ class Connection:
         port: of the centre.
 
     Raises:
-        ConnectError: if the environment names a proxy that cannot be used.
+        NetworkError: if the environment names a proxy that cannot be used.
     """
 
     def __init__(self, host: str, port: int) -> None:
@@ -89,7 +91,7 @@ class Connection:
         """Open a TCP connection, through the proxy where there is one.
 
         Raises:
-            ConnectError: if it does not open.
+            NetworkError: if it does not open; a ``ConnectError`` where it may later.
         """
         self._http = HTTPConnection(*self.first_hop, timeout=TIMEOUT)
         if self.proxy is not None:
@@ -131,11 +133,12 @@ class Connection:
                 f"{self.host}:{self.port} speaks TLS but gives no HTTP answer ({brief(error)}).\n"
                 "Check the port in 'server' of the site file; if it is right, ask the centre for its gateway.log."
             ) from error
-        middle = (before + time.time()) / 2
+        after = time.time()
         with suppress(TypeError, ValueError):
             # A date is cut off to whole seconds, so the centre's clock is half a second further on average.
             date = parsedate_to_datetime(str(answer.headers["Date"])).replace(tzinfo=UTC)
-            return Health(answer.status, middle - (date.timestamp() + 0.5))
+            ahead = (before + after) / 2 - (date.timestamp() + 0.5)
+            return Health(answer.status, ahead, within=(after - before) / 2)
         return Health(answer.status, None)
 
     def _peek(self) -> x509.Certificate | None:
@@ -197,7 +200,7 @@ def _find_proxy(host: str, port: int) -> SplitResult | None:
     with suppress(ValueError):
         if proxy.scheme == "http" and proxy.hostname and proxy.port != 0:
             return proxy
-    raise ConnectError(
+    raise NetworkError(
         f"HTTPS_PROXY names a proxy that cannot be used ({proxy.scheme}://{proxy.hostname}).\n"
         "Write it as http://proxy.example.org:3128; traffic through it is still TLS to the centre."
     )

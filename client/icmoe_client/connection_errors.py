@@ -1,4 +1,7 @@
-"""What a failed step towards the centre means, in two lines each: what is wrong, and what to do."""
+"""What a failed step towards the centre means, in two lines each: what is wrong, and what to do.
+
+A ``ConnectError`` may pass while a client waits; any other error stays until a person has acted.
+"""
 
 import ssl
 from datetime import UTC, datetime
@@ -23,7 +26,7 @@ _NOT_TLS = (
 _NOT_YET_VALID, _EXPIRED, _WRONG_NAME, _WRONG_ADDRESS = 9, 10, 62, 64
 
 
-def explain_connect(error: Exception, host: str, port: int, *, proxy: tuple[str, int] | None) -> ConnectError:
+def explain_connect(error: Exception, host: str, port: int, *, proxy: tuple[str, int] | None) -> NetworkError:
     """Why no TCP connection opens.
 
     Args:
@@ -67,7 +70,8 @@ def explain_tls(error: Exception, host: str, port: int, *, shown: x509.Certifica
             "Check the port in 'server' of the site file: it must be the gateway's. Never go on without TLS."
         )
     if isinstance(error, _ENDED_BY_PEER):
-        return TlsError(
+        # A gateway that is being started again does this too, so it is worth another try.
+        return ConnectError(
             f"{host}:{port} closed the connection when TLS began.\n"
             "A firewall may break TLS off, or another program has this port: ask your network people, then the centre."
         )
@@ -87,9 +91,9 @@ def brief(error: Exception) -> str:
     return getattr(error, "reason", None) or getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
-def _explain_proxy(error: Exception, centre: str, proxy: str) -> ConnectError:
+def _explain_proxy(error: Exception, centre: str, proxy: str) -> NetworkError:
     if "Tunnel connection failed: 407" in str(error):
-        return ConnectError(f"The proxy {proxy} wants a login.\nGive it as HTTPS_PROXY=http://user:password@{proxy}.")
+        return NetworkError(f"The proxy {proxy} wants a login.\nGive it as HTTPS_PROXY=http://user:password@{proxy}.")
     if "Tunnel connection failed" in str(error):
         return ConnectError(
             f"The proxy {proxy} does not let us through to {centre} ({brief(error)}).\n"

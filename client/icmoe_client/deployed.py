@@ -1,12 +1,16 @@
 """The ClientApp of a real hospital, and the guard that Flower starts in place of its own ``flwr-clientapp``.
 
-A SuperNode starts one process per message: ``main`` here, through the script that ``write_guard`` leaves first in its
-PATH. Only the code that is installed here runs, whatever the centre sent.
+A SuperNode starts one process per message: the script that ``write_guard`` leaves first in its PATH, which lets the
+process of ``warm_command`` fork one that runs ``main``. Only the code that is installed here runs, whatever the centre
+sent.
 """
 
 import logging
+import math
 import os
 import sys
+from contextlib import ExitStack
+from importlib import import_module
 from pathlib import Path
 
 from flwr.app import Context
@@ -15,10 +19,27 @@ from flwr.clientapp import ClientApp
 from icmoe import __version__
 from icmoe.errors import IcmoeError
 from icmoe.flower_engine import CLIENT_APP_COMMAND, app_digest, check_flower, run_local_client_app
+from icmoe.locks import hold
 from icmoe_client.site import Site
 from icmoe_client.site_file import SiteConfig, load_site
+from icmoe_client.warm_start import serve
 
 SITE_VARIABLE = "ICMOE_SITE_FILE"
+_GUARD = """\
+#!{python}
+from pathlib import Path
+
+from icmoe_client.warm_start import forward
+
+
+def cold():
+    from icmoe_client.deployed import main
+
+    main()
+
+
+forward(Path(__file__).parent, cold=cold)
+"""
 
 
 def write_guard(folder: Path) -> Path:
@@ -29,9 +50,28 @@ def write_guard(folder: Path) -> Path:
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     script = folder / CLIENT_APP_COMMAND
-    script.write_text(f"#!{sys.executable}\nfrom icmoe_client.deployed import main\nmain()\n", encoding="utf-8")
+    script.write_text(_GUARD.format(python=sys.executable), encoding="utf-8")
     script.chmod(0o700)
     return folder
+
+
+def warm_command(folder: Path) -> list[str]:
+    """The process that makes ClientApps start fast; needs the environment of the SuperNode.
+
+    Args:
+        folder: of ``write_guard``.
+    """
+    return [sys.executable, "-c", f"from icmoe_client.deployed import stay_warm; stay_warm({str(folder)!r})"]
+
+
+def stay_warm(folder: str) -> None:
+    """Load everything that a ClientApp imports and fork one for each message, for ever."""
+
+    def preload() -> None:
+        for name in ("flwr.supernode.runtime.run_clientapp", "icmoe_client.app"):
+            import_module(name)
+
+    serve(Path(folder), preload=preload, work=main)
 
 
 def main() -> None:
@@ -45,11 +85,18 @@ def main() -> None:
     except IcmoeError as error:
         sys.exit(f"{type(error).__name__}: {error}")
     allowed = {app_digest(): f"icmoe-fl {__version__}", **dict.fromkeys(config.policy.allowed_apps, "site file")}
-    run_local_client_app(lambda: _make_app(config), allowed=allowed)
+    with ExitStack() as until_the_end:
+        run_local_client_app(lambda: _make_app(config, until_the_end), allowed=allowed)
 
 
-def _make_app(config: SiteConfig) -> ClientApp:
-    # torch and MONAI load here, after the app was allowed.
+def _make_app(config: SiteConfig, until_the_end: ExitStack) -> ClientApp:
+    """Load the installed app, once no other message of this site is at work.
+
+    The centre may have lost its ServerApp and asked again while the answer to the first message is still being made;
+    two at once would not fit into the memory of a GPU. Flower's heartbeat of this message goes on meanwhile.
+    """
+    lock = config.state_dir / "at_work.lock"
+    until_the_end.enter_context(hold(lock, otherwise="another message is at work", patience=math.inf))
     from icmoe_client.app import make_client_app
 
     def resolve(context: Context) -> Site:

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from icmoe import __version__
-from icmoe.errors import ConfigError, DataError, IcmoeError, RunError
+from icmoe.errors import ConfigError, ConnectError, DataError, IcmoeError, RunError
 from icmoe.flower_engine import check_flower
 from icmoe_client.connection import Connection, trust
 from icmoe_client.network_checks import check_certificate, check_clock, check_connection, check_name
@@ -44,6 +44,7 @@ class CheckResult:
         sentence: what is so.
         remedy: what to do; empty where nothing is.
         exit_code: that a failure asks for; 0 otherwise.
+        may_pass: whether a failure may go away while one waits: the centre does not answer.
     """
 
     name: str
@@ -51,6 +52,7 @@ class CheckResult:
     sentence: str
     remedy: str = ""
     exit_code: int = 0
+    may_pass: bool = False
 
 
 def run_checks(site: SiteConfig, *, quick: bool = False, registration: Registration | None = None) -> list[CheckResult]:
@@ -79,6 +81,11 @@ def run_checks(site: SiteConfig, *, quick: bool = False, registration: Registrat
 def exit_code(results: list[CheckResult]) -> int:
     """Of the first check that failed: 2 config, 3 data, 5 network, 6 disk or memory; 0 where none did."""
     return next((result.exit_code for result in results if result.ok is False), 0)
+
+
+def may_start(results: list[CheckResult]) -> bool:
+    """Whether a client may begin: nothing failed but what it can wait for."""
+    return all(result.ok is not False or result.may_pass for result in results)
 
 
 def print_checks(results: list[CheckResult], console: Console | None = None) -> int:
@@ -267,7 +274,14 @@ def _attempt(name: str, check: Check) -> CheckResult:
 
 def _failure(name: str, error: IcmoeError) -> CheckResult:
     sentence, _, remedy = str(error).partition("\n")
-    return CheckResult(name, False, sentence[:1].upper() + sentence[1:], remedy, error.exit_code)
+    return CheckResult(
+        name,
+        False,
+        sentence[:1].upper() + sentence[1:],
+        remedy,
+        exit_code=error.exit_code,
+        may_pass=isinstance(error, ConnectError),
+    )
 
 
 def _free_disk(folder: Path) -> int:

@@ -37,8 +37,8 @@ def make_receipt_key(path: Path) -> None:
     write_new(path, key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
 
 
-def flower_public_key(path: Path) -> str:
-    """Read a Flower key and give its public half in OpenSSH form.
+def flower_private_key(path: Path) -> ec.EllipticCurvePrivateKey:
+    """Read a Flower key.
 
     Raises:
         ConfigError: if it is missing, readable by others, or no unencrypted P-384 key in OpenSSH format.
@@ -55,6 +55,16 @@ def flower_public_key(path: Path) -> str:
             f"{path} is not an EC P-384 key, and Flower takes no other kind here.\n"
             "Use the one that 'icmoe-fl site init' made."
         )
+    return key
+
+
+def flower_public_key(path: Path) -> str:
+    """Read a Flower key and give its public half in OpenSSH form.
+
+    Raises:
+        ConfigError: as ``flower_private_key``.
+    """
+    key = flower_private_key(path)
     return key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode("ascii")
 
 

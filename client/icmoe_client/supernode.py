@@ -1,7 +1,7 @@
 """Keep a hospital connected: start Flower's SuperNode, understand how it ends, start it again, or explain.
 
-Flower refuses a key for 60 s after its process was killed, with the very words it has for a key it does not know. So a
-refusal is waited out first and believed afterwards.
+Flower refuses a key for 60 s after its process was killed, with the very words it has for a key it does not know. So
+the centre is asked first whether it knows the key, and a refusal after that is waited out before it is believed.
 """
 
 import os
@@ -14,10 +14,11 @@ from pathlib import Path
 
 import psutil
 
-from icmoe.errors import AuthError, ConfigError, NetworkError, TlsError
+from icmoe.errors import AuthError, ConfigError
 from icmoe.flower_engine import CLIENT_APP_COMMAND, flower_environment, supernode_command
 from icmoe.processes import Child, told_to_end
-from icmoe_client.deployed import SITE_VARIABLE, write_guard
+from icmoe_client.admission import Admission
+from icmoe_client.deployed import SITE_VARIABLE, warm_command, write_guard
 from icmoe_client.schedule import TrainingHours, is_paused
 from icmoe_client.site_file import SiteConfig
 
@@ -30,7 +31,6 @@ SAY_EVERY = 60.0
 
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _REFUSED = re.compile(r"\[code: 200\d\]|Failed to activate SuperNode|Failed to register")
-_BAD_CERTIFICATE = re.compile(r"CERTIFICATE_VERIFY_FAILED: ([^(\]]+)")
 _NO_ANSWER = re.compile(r"Connection attempt failed")
 
 
@@ -60,41 +60,53 @@ class SuperNode:
             site.state_dir / "flwr_home", **{SITE_VARIABLE: str(site_file.absolute())}
         )
         self._environment.setdefault("ICMOE_CACHE_DIR", str(site.state_dir / "cache"))
-        guard = write_guard(site.state_dir / "bin")
-        self._environment["PATH"] = f"{guard}{os.pathsep}{self._environment['PATH']}"
+        self._guard = write_guard(site.state_dir / "bin")
+        self._environment["PATH"] = f"{self._guard}{os.pathsep}{self._environment['PATH']}"
 
     def run(self) -> None:
         """Stay connected until told to end.
 
         Raises:
-            AuthError: if the centre refuses the key for longer than a dead session can explain.
-            TlsError: if the centre's certificate is not trusted.
+            AuthError: if the centre does not know the key, or holds it as in use for longer than a dead session can
+                explain.
+            NetworkError: if the certificate or the clock is wrong.
         """
         with told_to_end(self._end):
+            admission = Admission(self._site)
             refused_since: float | None = None
             pause = RETRY_PAUSE
             while not self._ending:
                 if not self._may_train():
                     time.sleep(TICK)
                     continue
-                child = self._start()
-                connected = self._watch(child)
+                if obstacle := admission.obstacle():
+                    self._tell_now_and_then(f"{obstacle} Trying on.")
+                    self._sleep(RETRY_PAUSE)
+                    continue
+                warm = self._start_warm()
+                try:
+                    child = self._start()
+                    connected = self._watch(child)
+                finally:
+                    warm.end()
                 if self._ending:
                     return
                 problem = self._explain(child)
                 if connected:
                     refused_since, pause = None, RETRY_PAUSE
-                if isinstance(problem, TlsError):
-                    raise problem
                 if isinstance(problem, AuthError):
                     refused_since = refused_since or time.monotonic()
                     if time.monotonic() - refused_since > REFUSED_PATIENCE:
                         raise problem
-                    self._tell("The centre refuses this key for now: that is so for a minute after a crash. Trying on.")
+                    self._tell("The centre holds this key as in use: that is so for a minute after a crash. Trying on.")
                 elif self._may_train():
                     self._tell(f"The connection ended ({problem}); connecting again in {pause:.0f} s.")
                     pause = min(LONGEST_PAUSE, pause * 2) if not connected else RETRY_PAUSE
                 self._sleep(RETRY_PAUSE if isinstance(problem, AuthError) else pause)
+
+    def _start_warm(self) -> Child:
+        log = self._log.with_name("warm.log")
+        return Child("warm", warm_command(self._guard), environment=self._environment, log=log)
 
     def _start(self) -> Child:
         command = supernode_command(
@@ -120,24 +132,19 @@ class SuperNode:
 
     def _on_line(self, line: str) -> None:
         text = _COLOURS.sub("", line)
-        if _NO_ANSWER.search(text) and time.monotonic() > self._quiet_until:
-            self._quiet_until = time.monotonic() + SAY_EVERY
-            self._say(f"{self._site.server} does not answer; trying on. icmoe-fl client --check says more.")
+        if _NO_ANSWER.search(text):
+            self._tell_now_and_then(f"{self._site.server} does not answer. Trying on; 'client --check' says more.")
         elif "SuperNode ID" in text or "Connected to" in text:
             self._say(f"{self._site.name} is connected to {self._site.server}. Its log is {self._log}.")
 
-    def _explain(self, child: Child) -> NetworkError | str:
+    def _explain(self, child: Child) -> AuthError | str:
         text = _COLOURS.sub("", "\n".join(child.last_lines))
-        if found := _BAD_CERTIFICATE.search(text):
-            return TlsError(
-                f"the certificate of {self._site.server} is not trusted: {found[1].strip()}. Nothing was sent. "
-                f"Run icmoe-fl client --site {self._site.name} --check, and ask the study centre."
-            )
         if _REFUSED.search(text):
             return AuthError(
-                f"{self._site.server} does not accept the key of {self._site.name} since more than "
-                f"{REFUSED_PATIENCE:.0f} s. Either it was not registered yet (send the enrolment file to the study "
-                "centre), was revoked, or another process of this site uses it."
+                f"{self._site.server} accepts the key of {self._site.name} but holds it as in use since more than "
+                f"{REFUSED_PATIENCE:.0f} s, longer than after a crash: another process, on this machine or on one that "
+                "has a copy of the key, is connected with it. End that one. If it is not yours the key is stolen: have "
+                "the centre revoke it, and enrol again."
             )
         return next((line for line in reversed(text.splitlines()) if line.strip()), "without a word")
 
@@ -156,6 +163,13 @@ class SuperNode:
 
     def _tell(self, line: str) -> None:
         if line != self._told:
+            self._told = line
+            self._say(line)
+
+    def _tell_now_and_then(self, line: str) -> None:
+        """What is new at once, what goes on once a minute."""
+        if line != self._told or time.monotonic() > self._quiet_until:
+            self._quiet_until = time.monotonic() + SAY_EVERY
             self._told = line
             self._say(line)
 

@@ -5,9 +5,6 @@ from typing import Annotated
 
 import typer
 
-NETWORK_CHECKS = ("Name look-up", "Connection")
-"""Checks that fail while a centre is not there yet."""
-
 
 def client(
     site: Annotated[str, typer.Option(help="Name of this hospital, as in its site file.")],
@@ -28,8 +25,10 @@ def client(
     """
     from icmoe.errors import ConfigError
     from icmoe_client import schedule
-    from icmoe_client.preflight import print_checks, run_checks
+    from icmoe_client.preflight import may_start, print_checks, run_checks
+    from icmoe_client.registration import check_registration
     from icmoe_client.site_file import find_site_file, load_site
+    from icmoe_client.site_lock import only_client
     from icmoe_client.supernode import SuperNode
 
     path = find_site_file(site, config)
@@ -40,10 +39,12 @@ def client(
         changed = schedule.pause(settings) if pause else schedule.resume(settings)
         typer.echo(f"{site} {'is paused' if pause else 'takes part'}{'' if changed else ' already'}.")
         return
-    results = run_checks(settings)
-    code = print_checks(results)
-    # A centre that is not up yet is waited for; everything else has to be put right first.
-    waits = all(result.ok is not False or result.name in NETWORK_CHECKS for result in results)
-    if check or (code and not waits):
-        raise typer.Exit(code)
-    SuperNode(settings, path, say=typer.echo).run()
+    if check:
+        raise typer.Exit(print_checks(run_checks(settings, registration=check_registration)))
+    with only_client(settings):
+        results = run_checks(settings, registration=check_registration)
+        code = print_checks(results)
+        # A centre that is not up yet is waited for; everything else has to be put right first.
+        if not may_start(results):
+            raise typer.Exit(code)
+        SuperNode(settings, path, say=typer.echo).run()

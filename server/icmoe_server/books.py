@@ -12,6 +12,9 @@ from icmoe.exchange import SiteReport
 
 Record = dict[str, Any]
 
+RECENT_ROUNDS = 2
+"""Rounds whose updates say what a usual one is; learning rates fall, so older ones say less."""
+
 
 class Books:
     """The lines of ``rounds.jsonl``, rewritten as a whole each round so that no line is ever torn.
@@ -46,6 +49,11 @@ class Books:
             if record["val_dice"] and record["scored_round"] > 0
         }
         return max(means, key=lambda scored: (means[scored], -scored)) if means else None
+
+    def recent_norms(self) -> list[float]:
+        """L2 norms of the changes that counted in the last rounds."""
+        rounds = [record for record in self.records if record.get("aggregated")][-RECENT_ROUNDS:]
+        return [norm for record in rounds for norm in record.get("update_norm", {}).values()]
 
     def num_aggregated(self) -> int:
         """Rounds in which the model learnt something: enough good replies came."""

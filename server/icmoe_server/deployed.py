@@ -8,10 +8,14 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from icmoe.config import load_run_config
+from icmoe.locks import hold
 from icmoe_server.app import Plan, run_federation
 from icmoe_server.centre import Centre
 from icmoe_server.registry import SiteRegistry, read_nodes
-from icmoe_server.status import CENTRE_VARIABLE, RUN_VARIABLE
+from icmoe_server.status import CENTRE_VARIABLE, RUN_VARIABLE, server_app_lock
+
+PREDECESSOR_PATIENCE = 60.0
+"""Seconds for a ServerApp whose run was ended to notice that and leave."""
 
 
 def registered_sites(centre: Centre) -> Callable[[], Mapping[str, int]]:
@@ -39,5 +43,8 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Go on with the run of this process."""
-    run_federation(_plan(), grid)
+    """Go on with the run of this process, once no other process does."""
+    plan = _plan()
+    busy = f"another ServerApp works on {plan.run_dir.name} still"
+    with hold(server_app_lock(plan.run_dir), otherwise=busy, patience=PREDECESSOR_PATIENCE):
+        run_federation(plan, grid)

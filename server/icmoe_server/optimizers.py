@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
-from flwr.app import Message, MessageType, MetricRecord, RecordDict
+from flwr.app import Array as FlowerArray
+from flwr.app import ArrayRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedMedian, FedTrimmedAvg, FedYogi, Krum
 
 from icmoe.aggregation import weighted_average
 from icmoe.config import FederationConfig
 from icmoe.exchange import Update
-from icmoe.flower import ARRAYS, METRICS, pack_arrays, unpack_arrays
+from icmoe.flower import ARRAYS, METRICS
 from icmoe.types import Array, Arrays
 
 
@@ -112,7 +113,9 @@ def _aggregate(inner: FedAvg, server_round: int, replies: Sequence[Arrays]) -> d
         Message(
             RecordDict(
                 {
-                    ARRAYS: pack_arrays({name: np.asarray(array, dtype=np.float32) for name, array in arrays.items()}),
+                    ARRAYS: ArrayRecord(
+                        {name: FlowerArray(array.astype(np.float32)) for name, array in arrays.items()}
+                    ),
                     METRICS: MetricRecord({inner.weighted_by_key: 1.0}),
                 }
             ),
@@ -124,4 +127,9 @@ def _aggregate(inner: FedAvg, server_round: int, replies: Sequence[Arrays]) -> d
     aggregated, _ = inner.aggregate_train(server_round, messages)
     if aggregated is None:
         raise ValueError("Flower's strategy gave no arrays although replies were there")
-    return {name: array.astype(np.float32) for name, array in unpack_arrays(aggregated).items()}
+    return {name: array.numpy().astype(np.float32) for name, array in aggregated.items()}
+
+
+def _record(arrays: Arrays) -> ArrayRecord:
+    """One Flower array per tensor, for Flower's arithmetic; on the wire they travel otherwise."""
+    return ArrayRecord({name: FlowerArray(np.asarray(array, dtype=np.float32)) for name, array in arrays.items()})

@@ -22,6 +22,7 @@ from icmoe.flower import pack_instruction, unpack_report, unpack_update
 from icmoe.types import Arrays
 from icmoe_server.books import Books, Record
 from icmoe_server.optimizers import make_optimizer
+from icmoe_server.outliers import check_norm, usual_norm
 from icmoe_server.rollcall import Answers, Request, RollCall
 from icmoe_server.status import StatusBoard
 
@@ -131,13 +132,19 @@ class Rounds:
 
     def _updates(self, record: Record, answers: Answers, chosen: list[str], server_round: int) -> dict[str, Update]:
         """Good updates by site; scores of the others and what was wrong go into the record."""
-        updates: dict[str, Update] = {}
+        checked: dict[str, tuple[Update, float]] = {}
         for site, message in answers.good.items():
             with self._quarantine(site, record):
                 if site in chosen:
-                    updates[site] = self._update(site, message, server_round)
+                    checked[site] = self._update(site, message, server_round)
                 else:
                     _note_validation(record, site, self._report(site, message, server_round - 1))
+        usual = usual_norm([*(norm for _, norm in checked.values()), *self._books.recent_norms()])
+        for site, (_, norm) in checked.items():
+            with self._quarantine(site, record):
+                check_norm(norm, usual=usual, max_ratio=self._run.federation.max_update_ratio)
+                record["update_norm"][site] = norm
+        updates = {site: checked[site][0] for site in record["update_norm"]}
         _note_updates(record, updates)
         return updates
 
@@ -151,16 +158,17 @@ class Rounds:
             record["quarantined"][site] = str(error)
             self._board.note(site, "quarantined", str(error))
 
-    def _update(self, site: str, message: Message, server_round: int) -> Update:
+    def _update(self, site: str, message: Message, server_round: int) -> tuple[Update, float]:
+        """A checked update and the L2 norm of its change."""
         update = unpack_update(message.content)
         self._check_report(site, update.report, server_round)
-        check_update(
+        norm = check_update(
             update,
             reference=self._arrays,
             communication=self._run.federation.communication,
             max_update_norm=self._run.federation.max_update_norm,
         )
-        return update
+        return update, norm
 
     def _report(self, site: str, message: Message, server_round: int) -> SiteReport:
         return self._check_report(site, unpack_report(message.content), server_round)
@@ -178,7 +186,7 @@ class Rounds:
 
     def _record(self, server_round: int, chosen: list[str], answers: Answers) -> Record:
         names = ("quarantined", "val_dice", "train_loss", "num_examples", "used", "found", "skipped")
-        more = ("empty_masks", "bytes_up", "expert_shares", "epsilon")
+        more = ("empty_masks", "bytes_up", "update_norm", "expert_shares", "epsilon")
         sent = sum(array.nbytes for array in self._arrays.values())
         return {
             "round": server_round,

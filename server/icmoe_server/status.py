@@ -89,6 +89,11 @@ class StatusBoard:
         write_json(self._run_dir / "status.json", {**status, "updated": now(), "roll_call": roll_call})
 
 
+def server_app_lock(run_dir: Path) -> Path:
+    """The lock that the ServerApp of a centre holds while it works on a run."""
+    return run_dir / "server_app.lock"
+
+
 def read_status(run_dir: Path) -> dict[str, Any]:
     """Read ``status.json``; empty before a run's first one."""
     try:

@@ -4,14 +4,13 @@ Nothing here trains or aggregates; that is the ServerApp, a process that SuperEx
 at any moment and started again: the run directory and the registry are the only truth, and both are always whole.
 """
 
-import fcntl
 import logging
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from icmoe.flower_engine import (
     superexec_command,
     superlink_command,
 )
+from icmoe.locks import hold, is_held
 from icmoe.processes import told_to_end
 from icmoe_server.centre import Centre
 from icmoe_server.children import Kept
@@ -33,11 +33,12 @@ from icmoe_server.operator.messages import ChildInfo
 from icmoe_server.operator.server import serve_operator
 from icmoe_server.operator.service import OperatorService
 from icmoe_server.registry import NodeStatus, SiteRegistry, read_nodes
-from icmoe_server.status import CENTRE_VARIABLE, RUN_VARIABLE, note_failure, read_status
+from icmoe_server.status import CENTRE_VARIABLE, RUN_VARIABLE, note_failure, read_status, server_app_lock
 
 START_SECONDS = 60.0
 TICK = 1.0
 LOOK_AT_NODES_EVERY = 5.0
+RUNS_ALREADY = "this centre runs already. 'icmoe-fl server status' shows it, 'icmoe-fl server stop' ends it."
 MAX_FAILURES = 5
 """Flower runs that may fail one after the other without a new round."""
 
@@ -83,6 +84,7 @@ class Supervisor:
         self._failures = 0
         self._last_round = -1
         self._flower_run: int | None = None
+        self._served = False
         self._looked_at_nodes = 0.0
         environment = flower_environment(
             self._centre.flwr_home, **{CENTRE_VARIABLE: str(self._centre.root), RUN_VARIABLE: str(request.run_dir)}
@@ -103,7 +105,7 @@ class Supervisor:
             IcmoeError: if the run failed, or cannot start.
         """
         check_flower()
-        with _lock(self._centre.lock), told_to_end(self._end):
+        with hold(self._centre.lock, otherwise=RUNS_ALREADY), told_to_end(self._end):
             prepare_run(self._request)
             if read_status(self._request.run_dir).get("state") == "finished":
                 return "finished"
@@ -155,12 +157,27 @@ class Supervisor:
             raise RunError(str(status.get("reason")))
         flower_state, detail = control.runs().get(self._flower_run or 0, ("failed", ""))
         if self._flower_run is None:
-            self._end_old_runs(control)
-            self._flower_run = control.start_run()
+            self._start_run(control)
         elif flower_state in ("failed", "stopped", "completed"):
             self._note_failure(int(status.get("round", 0)), detail)
-            self._flower_run = control.start_run()
+            self._start_run(control)
+        elif self._server_app_died():
+            self._note_failure(int(status.get("round", 0)), "its process was killed")
+            self._start_run(control)
         return None
+
+    def _start_run(self, control: ControlClient) -> None:
+        """Runs of a centre that was killed, or of a ServerApp that died, would still hand out work: they end first."""
+        for run_id, (state, _) in control.runs().items():
+            if state in ("pending", "running"):
+                control.stop_run(run_id)
+        self._served = False
+        self._flower_run = control.start_run()
+
+    def _server_app_died(self) -> bool:
+        """Whether the ServerApp was there and is gone; Flower itself would notice after 50 s."""
+        before, self._served = self._served, is_held(server_app_lock(self._request.run_dir))
+        return before and not self._served
 
     def _note_failure(self, server_round: int, detail: str) -> None:
         """Count failures of Flower's runs; a round in between shows that trying again helps.
@@ -177,13 +194,6 @@ class Supervisor:
                 f"{self._centre.logs / 'superexec.log'} has the details; the rounds before are kept."
             )
         logger.warning("the run broke in round %d (%s); it goes on from its last checkpoint", server_round, detail)
-
-    @staticmethod
-    def _end_old_runs(control: ControlClient) -> None:
-        """Runs of a centre that was killed would still hand out work."""
-        for run_id, (state, _) in control.runs().items():
-            if state in ("pending", "running"):
-                control.stop_run(run_id)
 
     def _look_at_nodes(self, control: ControlClient) -> None:
         """Make Flower follow the registry, and write down what it sees of the nodes."""
@@ -265,24 +275,6 @@ class Supervisor:
 
     def _end(self) -> None:
         self._ending = True
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """One supervisor per centre folder.
-
-    Raises:
-        ConfigError: if there is one already.
-    """
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with path.open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(
-                "this centre runs already. 'icmoe-fl server status' shows it, 'icmoe-fl server stop' ends it."
-            ) from error
-        yield
 
 
 def prepare_run(request: StartRequest) -> None:

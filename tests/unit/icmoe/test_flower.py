@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from flwr.app import Array as FlowerArray
 from flwr.app import ConfigRecord, RecordDict
+from safetensors.numpy import save
 
 from icmoe.errors import ExchangeError
 from icmoe.exchange import Instruction, Job, SiteReport
@@ -12,8 +13,10 @@ from icmoe.flower import (
     ABOUT,
     ARRAYS,
     METRICS,
+    pack_arrays,
     pack_instruction,
     pack_report,
+    unpack_arrays,
     unpack_instruction,
     unpack_report,
     unpack_update,
@@ -52,12 +55,12 @@ def test_an_instruction_comes_back(job: Job) -> None:
     sent = Instruction(job=job, run_json=INSTRUCTION.run_json, config_digest="c" * 64, server_round=7, site="hospitalA")
     instruction, arrays = unpack_instruction(pack_instruction(sent, TENSORS))
     assert instruction == sent
-    assert list(arrays) == list(TENSORS)
+    assert set(arrays) == set(TENSORS)
 
 
 def test_tensors_come_back_bit_for_bit() -> None:
     update = unpack_update(pack_report(REPORT, TENSORS))
-    assert list(update.arrays) == list(TENSORS)
+    assert set(update.arrays) == set(TENSORS)
     for name, array in TENSORS.items():
         assert update.arrays[name].dtype == array.dtype
         assert np.array_equal(update.arrays[name], array)
@@ -119,15 +122,39 @@ def test_a_malformed_reply_is_an_exchange_error(change: Callable[[RecordDict], o
         FlowerArray(dtype="float32", shape=(2,), stype="numpy.ndarray", data=b"not an array"),
         FlowerArray(dtype="float32", shape=(2,), stype="numpy.ndarray", data=b""),
         FlowerArray(dtype="float32", shape=(2,), stype="something.else", data=b"\0" * 8),
+        FlowerArray(np.frombuffer(save(TENSORS)[:-1], np.uint8)),
+        FlowerArray(np.ones(3, np.float32)),
+        FlowerArray(np.frombuffer(b'{"x": {"dtype": "F77", "shape": [1], "data_offsets": [0, 4]}}', np.uint8)),
     ],
-    ids=["garbage", "empty", "foreign"],
+    ids=["garbage", "empty", "foreign", "cut", "no bundle", "no safetensors"],
 )
 def test_tensors_that_cannot_be_read_are_an_exchange_error(array: FlowerArray) -> None:
     """One site's damaged bytes must end in its quarantine, not in the end of the round."""
     content = pack_report(REPORT, TENSORS)
-    content.array_records[ARRAYS]["router.gate.weight"] = array
-    with pytest.raises(ExchangeError, match="tensor"):
+    content.array_records[ARRAYS]["router"] = array
+    with pytest.raises(ExchangeError, match="tensors of 'router'"):
         unpack_update(content)
+
+
+def test_a_tensor_in_the_bundle_of_another_expert_is_an_exchange_error() -> None:
+    content = pack_report(REPORT, TENSORS)
+    smuggled = save({"experts.basic.0.up.weight": np.ones(2, np.float32)})
+    content.array_records[ARRAYS]["router"] = FlowerArray(np.frombuffer(smuggled, np.uint8))
+    with pytest.raises(ExchangeError, match="does not belong"):
+        unpack_update(content)
+
+
+def test_a_message_carries_one_array_per_expert_however_many_tensors_it_has() -> None:
+    tensors = {
+        f"experts.{expert}.{index}.weight": np.ones(2, np.float32)
+        for expert in ("basic.0", "adaptive.1")
+        for index in range(50)
+    }
+    record = pack_arrays({**tensors, "router.gate.bias": np.zeros(1, np.float16)})
+    assert list(record) == ["experts.basic.0", "experts.adaptive.1", "router"]
+    back = unpack_arrays(record)
+    assert back["router.gate.bias"].dtype == np.float16
+    assert set(back) == {*names, "router.gate.bias"}
 
 
 @pytest.mark.parametrize(

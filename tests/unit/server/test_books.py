@@ -88,3 +88,18 @@ def test_summary_is_unweighted_and_never_nan() -> None:
 def test_summary_of_nothing() -> None:
     summary = summarise_test({}, ["ring"])
     assert summary == {"sites": {}, "mean_dice": None, "worst_site": {"name": None, "dice": None}}
+
+
+def test_recent_norms_are_those_of_the_last_two_rounds_that_counted(run_dir: Path) -> None:
+    books = Books(run_dir, last_round=0)
+    assert books.recent_norms() == []
+    for server_round, aggregated in enumerate([True, True, False, True], start=1):
+        norms = {"a": float(server_round), "b": 0.5}
+        books.add({**line(server_round), "aggregated": aggregated, "update_norm": norms})
+    assert books.recent_norms() == [2.0, 0.5, 4.0, 0.5]
+
+
+def test_lines_of_an_older_version_have_no_norms(run_dir: Path) -> None:
+    books = Books(run_dir, last_round=0)
+    books.add({**line(1), "aggregated": True})
+    assert books.recent_norms() == []

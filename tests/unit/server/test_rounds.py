@@ -135,6 +135,48 @@ def test_bad_tensors_are_quarantined(game: Game, centre: Any, told: str) -> None
     assert told in line["quarantined"]["b"]
 
 
+class TestChangesOutOfProportion:
+    """Below the absolute limit, and a hundred times what the other sites send."""
+
+    def attack(self, centre: Any, times: float) -> Callable[..., RecordDict]:
+        def answer(site: str, instruction: Instruction, arrays: dict[str, Array]) -> RecordDict:
+            step = 0.1 * (times if site == "b" else 1.0)
+            return pack_report(centre.report_of(site, instruction), centre.moved(arrays, step))
+
+        return answer
+
+    def test_among_three_sites_it_is_seen_at_once(self, game: Game, centre: Any) -> None:
+        line = game.play(1, self.attack(centre, 100))
+        assert line["answered"] == ["a", "c"]
+        assert "100 times the usual" in line["quarantined"]["b"]
+        assert "federation.max_update_ratio allows 30 times" in line["quarantined"]["b"]
+        assert line["update_norm"] == pytest.approx(dict.fromkeys("ac", 0.1 * 7**0.5), rel=1e-4)
+        assert list(line["val_dice"]) == ["a", "c"]
+        for name, array in centre.tensors.items():
+            np.testing.assert_allclose(game.tensors()[name], array + 0.1, rtol=1e-6)
+
+    def test_of_two_sites_as_well_once_there_was_a_round(self, centre: Any) -> None:
+        centre.sites = ("a", "b")
+        Game(centre).play(1, self.attack(centre, 1))
+        # The norms of earlier rounds are read back by a run that goes on.
+        again = Game(centre, start=load_checkpoint(round_folder(centre.run_dir, 1)))
+        assert list(again.play(2, self.attack(centre, 100))["quarantined"]) == ["b"]
+
+    def test_in_the_first_round_of_two_sites_nobody_can_say(self, centre: Any) -> None:
+        """A site that hardly moves must not be able to have an honest one thrown out."""
+        centre.sites = ("a", "b")
+        line = Game(centre).play(1, self.attack(centre, 0.001))
+        assert line["answered"] == ["a", "b"]
+
+    def test_the_run_may_allow_more(self, centre: Any) -> None:
+        centre.changes["federation"] = {"max_update_ratio": 200.0}
+        assert Game(centre).play(1, self.attack(centre, 100))["quarantined"] == {}
+
+    def test_sites_of_very_different_size_are_left_alone(self, game: Game, centre: Any) -> None:
+        assert game.play(1, self.attack(centre, 20))["quarantined"] == {}
+        assert game.play(2, self.attack(centre, 0.05))["quarantined"] == {}
+
+
 def test_a_reply_that_is_none_of_ours_is_quarantined(game: Game, centre: Any) -> None:
     line = game.play(1, lambda site, *rest: RecordDict() if site == "b" else centre.good(site, *rest))
     assert "no tensors" in line["quarantined"]["b"]

@@ -10,9 +10,10 @@ import pytest
 
 from icmoe.config import RunConfig
 from icmoe.errors import ConfigError, RunError
+from icmoe.locks import hold
 from icmoe_server.children import Kept
-from icmoe_server.status import StatusBoard, note_failure, read_status
-from icmoe_server.supervisor import MAX_FAILURES, StartRequest, Supervisor, _lock, prepare_run
+from icmoe_server.status import StatusBoard, note_failure, read_status, server_app_lock
+from icmoe_server.supervisor import MAX_FAILURES, StartRequest, Supervisor, prepare_run
 
 
 def request(tmp_path: Path, **federation: Any) -> StartRequest:
@@ -72,10 +73,21 @@ def test_a_child_is_ended_with_all_it_started(tmp_path: Path) -> None:
 
 
 def test_one_supervisor_per_centre(tmp_path: Path) -> None:
-    with _lock(tmp_path / "lock"), pytest.raises(ConfigError, match="runs already"), _lock(tmp_path / "lock"):
-        pass
-    with _lock(tmp_path / "lock"):
-        pass
+    supervisor = Supervisor(request(tmp_path))
+    with hold(tmp_path / "lock", otherwise="taken"), pytest.raises(ConfigError, match="runs already"):
+        supervisor.run()
+    with pytest.raises(ConfigError, match="whom to expect"):
+        supervisor.run()
+
+
+def test_a_dead_server_app_is_noticed_once_it_was_seen(tmp_path: Path) -> None:
+    asked = request(tmp_path)
+    supervisor = Supervisor(asked)
+    assert not supervisor._server_app_died()
+    with hold(server_app_lock(asked.run_dir), otherwise="taken"):
+        assert not supervisor._server_app_died()
+    assert supervisor._server_app_died()
+    assert not supervisor._server_app_died()
 
 
 def test_a_run_without_expected_sites_is_refused(tmp_path: Path) -> None:
