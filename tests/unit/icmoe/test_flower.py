@@ -145,11 +145,8 @@ def test_a_tensor_in_the_bundle_of_another_expert_is_an_exchange_error() -> None
 
 
 def test_a_message_carries_one_array_per_expert_however_many_tensors_it_has() -> None:
-    tensors = {
-        f"experts.{expert}.{index}.weight": np.ones(2, np.float32)
-        for expert in ("basic.0", "adaptive.1")
-        for index in range(50)
-    }
+    names = [f"experts.{expert}.{index}.weight" for expert in ("basic.0", "adaptive.1") for index in range(50)]
+    tensors: dict[str, Array] = {name: np.ones(2, np.float32) for name in names}
     record = pack_arrays({**tensors, "router.gate.bias": np.zeros(1, np.float16)})
     assert list(record) == ["experts.basic.0", "experts.adaptive.1", "router"]
     back = unpack_arrays(record)
