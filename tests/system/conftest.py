@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,11 @@ import numpy as np
 import psutil
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file
 
 SITES = ("a", "b", "c")
 SIDE = 64
-CONFIG = """\
+DISCS = """\
 task: {name: discs, classes: {disc: 1}}
 model: {backbone: lite_medsam, width: 16, residual_rank: 2}
 train: {local_epochs: 1, batch_size: 2, basic_every: 2}
@@ -33,13 +34,13 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def write_discs(folder: Path) -> None:
+def write_discs(folder: Path, sites: Sequence[str] = SITES) -> None:
     """A manifest for the whole federation in ``folder`` and one for each site in ``folder/SITE``; same pixels."""
     rng = np.random.default_rng(0)
     rows, columns = np.mgrid[:SIDE, :SIDE]
     header = "image,mask,patient,split,site"
     everything = [header]
-    for site in SITES:
+    for site in sites:
         (folder / site).mkdir(parents=True)
         lines = []
         for index, split in enumerate(["train"] * 3 + ["val", "test"]):
@@ -97,9 +98,16 @@ class Running:
 
 @dataclass
 class Federation:
-    """Folders and commands of a centre and its hospitals."""
+    """Folders and commands of a centre and its hospitals.
+
+    ``write_data`` makes, in the folder it is given, a manifest of all sites and a folder with a manifest for each.
+    """
 
     root: Path
+    name: str = "discs"
+    sites: Sequence[str] = SITES
+    settings: str = DISCS
+    write_data: Callable[[Path], None] = write_discs
     port: int = field(default_factory=free_port)
     started: list[Running] = field(default_factory=list)
 
@@ -109,11 +117,11 @@ class Federation:
 
     @property
     def run_dir(self) -> Path:
-        return self.centre / "runs" / "discs"
+        return self.centre / "runs" / self.name
 
     @property
     def config(self) -> Path:
-        return self.root / "discs.yaml"
+        return self.root / f"{self.name}.yaml"
 
     def environment(self) -> dict[str, str]:
         cache = str(self.root / "cache")
@@ -142,13 +150,13 @@ class Federation:
 
     def set_up(self) -> None:
         """First day of a study: centre made, three hospitals enrolled, their data checked."""
-        write_discs(self.root / "data")
-        self.config.write_text(CONFIG)
+        self.write_data(self.root / "data")
+        self.config.write_text(self.settings)
         address = f"127.0.0.1:{self.port}"
         self.run("server", "init", "--dir", self.centre, "--advertise", address, "--bind", address)
         settings = self.centre / "centre.yaml"
         settings.write_text(settings.read_text().replace("superlink_port: 9620", f"superlink_port: {free_port()}"))
-        for site in SITES:
+        for site in self.sites:
             self.enrol(site)
             self.run("data", "check", self.root / "data" / site, "--config", self.config, "--accept")
 
@@ -159,6 +167,14 @@ class Federation:
         folder = self.root / "sites"
         self.run("site", "init", site, "--server", address, "--ca-file", authority, "--data", data, "--dir", folder)
         self.run("sites", "add", folder / f"{site}.enrolment.json", "--dir", self.centre)
+
+    def weights(self, server_round: int, run_dir: Path | None = None) -> dict[str, Any]:
+        """Tensors of a checkpoint, of this run or of another."""
+        folder = (run_dir or self.run_dir) / "checkpoints" / f"round_{server_round:03d}"
+        return dict(load_file(folder / "adapters.safetensors"))
+
+    def results(self) -> dict[str, Any]:
+        return dict(json.loads((self.run_dir / "results.json").read_text()))
 
     def start_centre(self) -> Running:
         return self.start("centre", "server", "start", "--dir", self.centre, "--config", self.config)
@@ -190,12 +206,24 @@ class Federation:
 
 
 @pytest.fixture(scope="module")
-def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
-    """Set up, nothing running yet; whatever a test starts is killed in the end."""
-    # The path of a Unix socket may have 107 bytes.
-    made = Federation(tmp_path_factory.mktemp("fl"))
+def new_federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Federation]]:
+    """Set one up, nothing running yet; whatever a test starts is killed in the end."""
+    made: list[Federation] = []
+
+    def make(**settings: Any) -> Federation:
+        # The path of a Unix socket may have 107 bytes.
+        made.append(Federation(tmp_path_factory.mktemp("fl"), **settings))
+        made[-1].set_up()
+        return made[-1]
+
     try:
-        made.set_up()
-        yield made
+        yield make
     finally:
-        made.end()
+        for federation in made:
+            federation.end()
+
+
+@pytest.fixture(scope="module")
+def federation(new_federation: Callable[..., Federation]) -> Federation:
+    """Three hospitals with drawn discs: quick, where images are not the point."""
+    return new_federation()
