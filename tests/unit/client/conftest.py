@@ -5,6 +5,7 @@ import ipaddress
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -108,24 +109,43 @@ def authority(make_authority: Callable[[str], Authority]) -> Authority:
 
 @pytest.fixture
 def serve() -> Generator[Serve, None, None]:
-    """Start servers that answer /health: over TLS with a context, else in plain text. Gives the port."""
+    """Start servers that answer /health, and any POST: over TLS with a context, else in plain text. Gives the port.
+
+    ``answers`` are status and body of one POST after the other; the last is given again.
+    """
     with ExitStack() as running:
 
         def start(
-            context: ssl.SSLContext | None, *, clock: dt.timedelta | None = dt.timedelta(0), status: int = 200
+            context: ssl.SSLContext | None,
+            *,
+            clock: dt.timedelta | None = dt.timedelta(0),
+            status: int = 200,
+            delay: float = 0.0,
+            answers: list[tuple[int, str]] | None = None,
         ) -> int:
-            return running.enter_context(_running(_handler(clock, status), context))
+            return running.enter_context(_running(_handler(clock, status, delay, answers or [(404, "")]), context))
 
         yield start
 
 
-def _handler(clock: dt.timedelta | None, status: int) -> type[BaseHTTPRequestHandler]:
+def _handler(
+    clock: dt.timedelta | None, status: int, delay: float, answers: list[tuple[int, str]]
+) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            code, body = answers.pop(0) if len(answers) > 1 else answers[0]
+            self.send_response_only(code)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body.encode())
+
         def do_GET(self) -> None:
             self.send_response_only(status if self.path == "/health" else 404)
             if clock is not None:
                 self.send_header("Date", self.date_time_string((dt.datetime.now(dt.UTC) + clock).timestamp()))
             self.send_header("Content-Length", "2")
+            time.sleep(delay)
             self.end_headers()
             self.wfile.write(b"ok")
 

@@ -98,13 +98,13 @@ RawServer = Callable[[Callable[[socket.socket], object]], int]
 
 def test_connection_closed(authority: Any, raw_server: RawServer) -> None:
     port = raw_server(lambda accepted: None)
-    with pytest.raises(TlsError, match="closed the connection when TLS began"):
+    with pytest.raises(ConnectError, match="closed the connection when TLS began"):
         go("127.0.0.1", port, authority.file)
 
 
 def test_closed_after_reading(authority: Any, raw_server: RawServer) -> None:
     port = raw_server(lambda accepted: accepted.recv(65536))
-    with pytest.raises(TlsError, match="closed the connection when TLS began"):
+    with pytest.raises(ConnectError, match="closed the connection when TLS began"):
         go("127.0.0.1", port, authority.file)
 
 

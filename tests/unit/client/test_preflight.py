@@ -19,7 +19,7 @@ from icmoe.data.checked import write_checked
 from icmoe.data.checking import check_data
 from icmoe.errors import AuthError
 from icmoe_client import network_checks, preflight
-from icmoe_client.preflight import CheckResult, exit_code, print_checks, run_checks
+from icmoe_client.preflight import CheckResult, exit_code, may_start, print_checks, run_checks
 from icmoe_client.site_file import SiteConfig, SitePolicy
 from icmoe_client.site_init import init_site
 
@@ -112,6 +112,7 @@ def test_after_a_failure_the_rest_is_not_tried(make_site: Callable[[int], SiteCo
     assert outcome(results, "Connection").remedy.startswith("Ask the centre")
     assert outcome(results, "Clock").sentence == "Not tried after this failure."
     assert exit_code(results) == 5
+    assert may_start(results)
 
 
 @pytest.mark.parametrize(
@@ -138,6 +139,7 @@ def test_certificates(
     assert sentence in failed.sentence
     assert failed.remedy
     assert exit_code(results) == 5
+    assert not may_start(results)
 
 
 def test_certificate_that_ends_soon(
@@ -177,6 +179,7 @@ def test_clock(
     told = found.sentence.replace("599 s", "600 s").replace("601 s", "600 s")
     assert sentence in told.replace("289 s", "290 s").replace("291 s", "290 s")
     assert (found.exit_code, "NTP" in found.remedy) == ((0, False) if ok else (5, True))
+    assert may_start(results) is ok
 
 
 def test_centre_that_does_not_work(
@@ -185,6 +188,7 @@ def test_centre_that_does_not_work(
     results = quick(make_site(serve(authority.issue("127.0.0.1"), status=503)))
     assert "HTTP 503" in outcome(results, "Clock").sentence
     assert exit_code(results) == 5
+    assert may_start(results)
 
 
 def test_not_registered(site: SiteConfig) -> None:
@@ -195,12 +199,14 @@ def test_not_registered(site: SiteConfig) -> None:
     assert results[-1] == CheckResult(
         "Registration", False, "The centre does not know the key of hospitalA.", "Send the enrolment.", 5
     )
+    assert not may_start(results)
 
 
 def test_proxy_that_cannot_be_used(site: SiteConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTPS_PROXY", "socks5://proxy:1080")
     results = quick(site, server="fl.example.org:8443")
     assert [result.ok for result in results[5:]] == [False, None, None, None, None]
+    assert not may_start(results)
 
 
 class TestOwnFiles:
@@ -229,6 +235,7 @@ class TestData:
         results = quick(site, data=tmp_path)
         assert "was never checked" in outcome(results, "Data").sentence
         assert exit_code(results) == 3
+        assert not may_start(results)
         assert outcome(results, "Certificate").ok
 
     def test_too_few_for_the_policy(self, site: SiteConfig) -> None:

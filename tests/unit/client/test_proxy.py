@@ -79,7 +79,7 @@ def test_proxy_refuses(
     refusal: str, sentence: str, authority: Any, raw_server: RawServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{raw_server(Proxy(0, refusal).treat)}")
-    with pytest.raises(ConnectError, match=sentence):
+    with pytest.raises(NetworkError, match=sentence):
         Connection("centre.invalid", 8443).connect()
 
 
