@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from icmoe.errors import ConfigError
+from icmoe.privacy.config import PrivacyConfig
 from icmoe.types import FAMILIES
 
 BackboneName = Literal["sam_vit_b", "sam_vit_l", "sam_vit_h", "medsam_vit_b", "lite_medsam"]
@@ -269,6 +270,17 @@ class RunConfig(_Section):
     train: TrainConfig = TrainConfig()
     federation: FederationConfig = FederationConfig()
     simulation: SimulationConfig = SimulationConfig()
+    privacy: PrivacyConfig | None = Field(default=None, description="differential privacy; null trains without")
+
+    @model_validator(mode="after")
+    def _nothing_unnoised_under_dp(self) -> Self:
+        if self.privacy is None:
+            return self
+        if self.federation.expert_weighting == "votes":
+            raise ValueError("under privacy expert_weighting must be examples: votes are unnoised counts of the data")
+        if self.federation.communication.min_expert_share > 0:
+            raise ValueError("under privacy min_expert_share must be 0: which experts are left out tells of the data")
+        return self
 
     @model_validator(mode="after")
     def _quorum_under_dropout(self) -> Self:
