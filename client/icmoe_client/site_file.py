@@ -17,7 +17,7 @@ DIRECTORY_VARIABLE = "ICMOE_SITE_DIR"
 LOCAL_DIRECTORY = Path("configs/site")
 SYSTEM_DIRECTORY = Path("/etc/icmoe-fl/site")
 
-_PATHS = ("ca_certificate", "flower_key", "receipt_key", "data", "state_dir", "checkpoint")
+_PATHS = ("ca_certificate", "flower_key", "receipt_key", "data", "state_dir", "checkpoint", "ledger")
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -153,6 +153,11 @@ class SiteConfig(_Section):
         description="weight of this site in the average; null is its number of training images. Runs with "
         "differential privacy need a fixed number, as the count itself tells of the data",
     )
+    ledger: Path | None = Field(
+        default=None,
+        description="the books of what privacy was spent on these data, for ever; null is ledger.sqlite in state_dir. "
+        "Keep it where a reinstall does not delete it, and back it up",
+    )
     policy: SitePolicy = Field(default=SitePolicy(), description="what a run may ask of this site")
 
     @field_validator("server")
@@ -170,6 +175,11 @@ class SiteConfig(_Section):
             except ConfigError as error:
                 raise ValueError(str(error)) from error
         return hours
+
+    @property
+    def ledger_path(self) -> Path:
+        """Where the privacy ledger is."""
+        return self.ledger or self.state_dir / "ledger.sqlite"
 
     @property
     def address(self) -> tuple[str, int]:
