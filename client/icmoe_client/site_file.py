@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from icmoe.config import BackboneName, RunConfig, describe_validation
 from icmoe.enrolment import SiteName
 from icmoe.errors import ConfigError, PolicyError
+from icmoe.privacy.config import PrivacyConfig
 from icmoe_client.schedule import TrainingHours
 
 DIRECTORY_VARIABLE = "ICMOE_SITE_DIR"
@@ -99,15 +100,26 @@ class SitePolicy(_Section):
             )
 
     def _refusals(self, run: RunConfig) -> Iterator[str]:
-        # No run config of this version has differential privacy, so whoever asks for it refuses every run.
-        if self.require_dp or self.max_epsilon is not None:
-            yield "it has no differential privacy, and the site takes part in no other"
+        yield from self._privacy_refusals(run.privacy)
         if self.max_rounds is not None and run.federation.num_rounds > self.max_rounds:
             yield f"federation.num_rounds is {run.federation.num_rounds}, at most {self.max_rounds} are allowed"
         if self.max_local_epochs is not None and run.train.local_epochs > self.max_local_epochs:
             yield f"train.local_epochs is {run.train.local_epochs}, at most {self.max_local_epochs} are allowed"
         if self.allowed_backbones is not None and run.model.backbone not in self.allowed_backbones:
             yield f"model.backbone is {run.model.backbone}, allowed are {', '.join(self.allowed_backbones)}"
+
+    def _privacy_refusals(self, privacy: PrivacyConfig | None) -> Iterator[str]:
+        if privacy is None:
+            if self.require_dp or self.max_epsilon is not None:
+                yield "it has no differential privacy, and the site takes part in no other"
+            return
+        if privacy.unit not in self.allow_units:
+            yield f"privacy.unit is {privacy.unit}, allowed are {', '.join(self.allow_units)}"
+        if privacy.target_delta > self.target_delta:
+            yield f"privacy.target_delta is {privacy.target_delta}, at most {self.target_delta} is allowed"
+        wanted, allowed = privacy.target_epsilon, self.max_epsilon
+        if wanted is not None and allowed is not None and wanted > allowed:
+            yield f"privacy.target_epsilon is {wanted}, at most {allowed} is allowed"
 
 
 class SiteConfig(_Section):

@@ -146,6 +146,26 @@ class TestPolicy:
         with pytest.raises(PolicyError, match=sentence):
             SitePolicy.model_validate(policy).admit(run)
 
+    @pytest.mark.parametrize(
+        ("policy", "privacy", "sentence"),
+        [
+            ({"allow_units": ["patient"]}, {"unit": "image"}, r"privacy\.unit is image, allowed are patient"),
+            ({"target_delta": 1e-6}, {}, r"target_delta is 1e-05, at most 1e-06"),
+            ({"max_epsilon": 3.0}, {}, r"target_epsilon is 8\.0, at most 3\.0"),
+        ],
+    )
+    def test_refuses_privacy_that_is_too_weak(
+        self, policy: dict[str, Any], privacy: dict[str, Any], sentence: str
+    ) -> None:
+        run = RunConfig.model_validate({"task": TASK, "privacy": {"target_epsilon": 8.0, **privacy}})
+        with pytest.raises(PolicyError, match=sentence):
+            SitePolicy.model_validate(policy).admit(run)
+
+    def test_admits_privacy_that_is_strong_enough(self) -> None:
+        policy = SitePolicy(require_dp=True, max_epsilon=8.0, allow_units=("patient",))
+        policy.admit(RunConfig.model_validate({"task": TASK, "privacy": {"target_epsilon": 8.0}}))
+        policy.admit(RunConfig.model_validate({"task": TASK, "privacy": {"noise_multiplier": 1.5}}))
+
     def test_admits_at_the_limit(self) -> None:
         policy = SitePolicy(max_rounds=10, max_local_epochs=2, allowed_backbones=("lite_medsam",))
         policy.admit(RunConfig.model_validate({"task": TASK}))
