@@ -68,7 +68,7 @@ $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install -c '$(ENV)/constraints.txt' -e '.[dev,demo,export]'
 	@echo '$(CURDIR)' > $@
 
-.PHONY: help install demo test lint types imports pytest unit test-system format bench ablation proto wheelhouse sbom clean
+.PHONY: help install demo loopback test lint types imports pytest unit test-system format bench ablation proto wheelhouse sbom clean
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' Makefile | expand -t 18
@@ -77,6 +77,9 @@ install: $(STAMP) ## make .venv (or use the active environment that has torch) a
 
 demo: $(STAMP) ## the main job on the embedded example: runs/demo/report.html
 	$(BIN)/icmoe-fl simulate configs/run/demo.yaml --out runs/demo --overwrite --reference local,pooled
+
+loopback: $(STAMP) ## a real centre and three real sites on this machine, with the embedded example
+	$(BIN)/python deploy/loopback.py
 
 test: $(STAMP) ## lint, types, imports and pytest, all of them; says at the end which failed
 	@failed=""; \

@@ -34,11 +34,11 @@ def start(
         bool, typer.Option("--estimate", help="Only print bytes and minutes per round, then end.")
     ] = False,
 ) -> None:
-    """Bring the centre up and keep it up until its run has ended. Started again, it goes on where it was.
+    r"""Bring the centre up and keep it up until its run has ended. Started again, it goes on where it was.
 
     Everything may be killed at any moment: the run continues from its last finished round.
 
-    Example: icmoe-fl server start --config configs/run/cardiac.yaml --set 'federation.sites=[hospitalA,hospitalB]'
+    Example: icmoe-fl server start --config configs/run/cardiac.yaml --set 'federation.sites=\[hospitalA,hospitalB]'
     """
     # The supervisor forks its children; gRPC, which answers operators, would warn of it each time.
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")

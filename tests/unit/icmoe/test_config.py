@@ -35,7 +35,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("sections", "path", "allowed"),
         [
-            ({"modle": {}}, "modle", "federation, model, simulation, task, train"),
+            ({"modle": {}}, "modle", "federation, model, privacy, simulation, task, train"),
             ({"model": {"num_expert": 4}}, r"model\.num_expert", "backbone"),
             ({"model": {"experts": {"basics": 1}}}, r"model\.experts\.basics", "adaptive, basic, semantic"),
             ({"train": {"loss": {"dice": 1.0}}}, r"train\.loss\.dice", "balance, consistency"),
@@ -50,6 +50,16 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("sections", "message"),
         [
+            ({"privacy": {}}, "privacy: .*either noise_multiplier or target_epsilon"),
+            ({"privacy": {"noise_multiplier": 1.0, "target_epsilon": 8.0}}, "privacy: .*either noise_multiplier or"),
+            (
+                {"privacy": {"target_epsilon": 8.0}, "federation": {"expert_weighting": "votes"}},
+                "votes are unnoised counts",
+            ),
+            (
+                {"privacy": {"target_epsilon": 8.0}, "federation": {"communication": {"min_expert_share": 0.1}}},
+                "which experts are left out tells of the data",
+            ),
             ({"train": {"batch_size": "many"}}, r"train\.batch_size: .*integer.*'many'"),
             ({"train": {"batch_size": 0}}, r"train\.batch_size: .*greater than or equal to 1.*0"),
             ({"train": {"learning_rate": -1.0}}, r"train\.learning_rate: .*greater than 0.*-1"),
