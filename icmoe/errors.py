@@ -87,7 +87,7 @@ class ConnectError(NetworkError):
 
 
 class AuthError(NetworkError):
-    """The key is unknown or revoked."""
+    """The key is unknown, revoked or in use."""
 
 
 class TlsError(NetworkError):

@@ -5,7 +5,7 @@ from icmoe.flower_probe import knows_key
 from icmoe_client.connection import trust
 from icmoe_client.site_file import SiteConfig
 from icmoe_client.site_keys import flower_private_key
-from icmoe_client.site_lock import client_at_work
+from icmoe_client.site_lock import other_client
 
 
 def check_registration(site: SiteConfig) -> str:
@@ -25,6 +25,6 @@ def check_registration(site: SiteConfig) -> str:
             f"Send {site.name}.enrolment.json to the centre, which runs 'icmoe-fl sites add'. A revoked key never "
             "comes back: move it away and make a new one with 'icmoe-fl site init'."
         )
-    pid = client_at_work(site)
+    pid = other_client(site)
     in_use = f", and it is in use: the client of this machine runs as process {pid}" if pid else ""
     return f"The centre accepts the key of {site.name}{in_use}."

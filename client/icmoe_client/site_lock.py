@@ -35,13 +35,14 @@ def only_client(site: SiteConfig) -> Iterator[None]:
         yield
 
 
-def client_at_work(site: SiteConfig) -> str | None:
-    """Process id of the client that runs here; ``None`` if there is none, or it cannot be seen."""
+def other_client(site: SiteConfig) -> str | None:
+    """Process id of the client that runs here, if it is not this one; ``None`` also where it cannot be seen."""
     path = _lock_file(site)
     try:
-        return path.read_text(encoding="ascii", errors="replace") if is_held(path) else None
+        pid = path.read_text(encoding="ascii", errors="replace") if is_held(path) else None
     except OSError:
         return None
+    return None if pid == str(os.getpid()) else pid
 
 
 def _in_use(site: SiteConfig) -> str:

@@ -22,8 +22,8 @@ from icmoe_client.deployed import SITE_VARIABLE, warm_command, write_guard
 from icmoe_client.schedule import TrainingHours, is_paused
 from icmoe_client.site_file import SiteConfig
 
-REFUSED_PATIENCE = 100.0
-"""Seconds a refused key is tried again: longer than Flower remembers a dead session."""
+REFUSED_PATIENCE = 75.0
+"""Seconds a refused key is tried again: longer than the 60 s for which Flower remembers a dead session."""
 RETRY_PAUSE = 5.0
 LONGEST_PAUSE = 60.0
 TICK = 0.5
@@ -53,6 +53,9 @@ class SuperNode:
         self._ca_certificate = site.ca_certificate
         self._say = say
         self._ending = False
+        self._admission = Admission(site)
+        self._in_doubt = False
+        self._connected = False
         self._told = ""
         self._quiet_until = 0.0
         self._log = site.state_dir / "logs" / "supernode.log"
@@ -72,37 +75,31 @@ class SuperNode:
             NetworkError: if the certificate or the clock is wrong.
         """
         with told_to_end(self._end):
-            admission = Admission(self._site)
             refused_since: float | None = None
             pause = RETRY_PAUSE
             while not self._ending:
                 if not self._may_train():
                     time.sleep(TICK)
                     continue
-                if obstacle := admission.obstacle():
-                    self._tell_now_and_then(f"{obstacle} Trying on.")
+                if self._is_hindered():
                     self._sleep(RETRY_PAUSE)
                     continue
-                warm = self._start_warm()
-                try:
-                    child = self._start()
-                    connected = self._watch(child)
-                finally:
-                    warm.end()
+                child = self._start()
+                connected = self._watch(child)
                 if self._ending:
                     return
-                problem = self._explain(child)
-                if connected:
+                refusal = self._refusal(child)
+                if connected and refusal is None:
                     refused_since, pause = None, RETRY_PAUSE
-                if isinstance(problem, AuthError):
+                if refusal is not None:
                     refused_since = refused_since or time.monotonic()
                     if time.monotonic() - refused_since > REFUSED_PATIENCE:
-                        raise problem
+                        raise refusal
                     self._tell("The centre holds this key as in use: that is so for a minute after a crash. Trying on.")
                 elif self._may_train():
-                    self._tell(f"The connection ended ({problem}); connecting again in {pause:.0f} s.")
+                    self._tell(f"The connection ended; connecting again in {pause:.0f} s. Its log is {self._log}.")
                     pause = min(LONGEST_PAUSE, pause * 2) if not connected else RETRY_PAUSE
-                self._sleep(RETRY_PAUSE if isinstance(problem, AuthError) else pause)
+                self._sleep(RETRY_PAUSE if refusal is not None else pause)
 
     def _start_warm(self) -> Child:
         log = self._log.with_name("warm.log")
@@ -116,37 +113,58 @@ class SuperNode:
             site=self._site.name,
             port=_free_port(),
         )
+        self._connected = False
         return Child("supernode", command, environment=self._environment, log=self._log, on_line=self._on_line)
 
     def _watch(self, child: Child) -> bool:
         """Stay until the process ends, or must; whether it had been connected."""
+        warm: Child | None = None
         try:
             while child.exit_code is None:
+                if self._connected and warm is None:
+                    warm = self._start_warm()
                 if self._ending or (not self._may_train() and not _is_working(child.pid)):
                     child.end()
+                elif self._in_doubt:
+                    self._in_doubt = self._is_hindered()
+                    self._sleep(RETRY_PAUSE if self._in_doubt else TICK)
                 time.sleep(TICK)
             child.wait(2.0)
         finally:
             child.end()
-        return child.seconds_alive > 30.0
+            if warm is not None:
+                warm.end()
+        return self._connected
 
     def _on_line(self, line: str) -> None:
         text = _COLOURS.sub("", line)
         if _NO_ANSWER.search(text):
-            self._tell_now_and_then(f"{self._site.server} does not answer. Trying on; 'client --check' says more.")
+            # The centre's, or for a moment at start and end that of a Flower process here: the words are the same.
+            self._in_doubt = True
         elif "SuperNode ID" in text or "Connected to" in text:
+            self._connected = True
             self._say(f"{self._site.name} is connected to {self._site.server}. Its log is {self._log}.")
 
-    def _explain(self, child: Child) -> AuthError | str:
-        text = _COLOURS.sub("", "\n".join(child.last_lines))
-        if _REFUSED.search(text):
-            return AuthError(
-                f"{self._site.server} accepts the key of {self._site.name} but holds it as in use since more than "
-                f"{REFUSED_PATIENCE:.0f} s, longer than after a crash: another process, on this machine or on one that "
-                "has a copy of the key, is connected with it. End that one. If it is not yours the key is stolen: have "
-                "the centre revoke it, and enrol again."
-            )
-        return next((line for line in reversed(text.splitlines()) if line.strip()), "without a word")
+    def _refusal(self, child: Child) -> AuthError | None:
+        if not _REFUSED.search("\n".join(child.last_lines)):
+            return None
+        return AuthError(
+            f"{self._site.server} accepts the key of {self._site.name} but holds it as in use since more than "
+            f"{REFUSED_PATIENCE:.0f} s, longer than after a crash: another process, on this machine or on one that has "
+            "a copy of the key, is connected with it. End that one. If it is not yours the key is stolen: have the "
+            "centre revoke it, and enrol again."
+        )
+
+    def _is_hindered(self) -> bool:
+        """Whether the centre cannot be reached or does not take the key now; says so.
+
+        Raises:
+            NetworkError: if waiting does not help.
+        """
+        obstacle = self._admission.obstacle()
+        if obstacle:
+            self._tell_now_and_then(f"{obstacle} Trying on.")
+        return bool(obstacle)
 
     def _may_train(self) -> bool:
         """Whether it is not paused and within training hours; says once when that changes."""

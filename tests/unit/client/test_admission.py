@@ -20,7 +20,7 @@ from icmoe_client.admission import Admission
 from icmoe_client.registration import check_registration
 from icmoe_client.site_file import SiteConfig
 from icmoe_client.site_init import init_site
-from icmoe_client.site_lock import client_at_work, only_client
+from icmoe_client.site_lock import only_client, other_client
 
 KNOWN = (400, json.dumps({"code": 2003, "detail": "Invalid heartbeat interval."}))
 UNKNOWN = (412, json.dumps({"code": 2004, "detail": "Failed to activate SuperNode."}))
@@ -153,12 +153,12 @@ class TestLock:
         with running_client(site) as pid, pytest.raises(AuthError, match=words.format(pid)), only_client(site):
             pytest.fail("two clients")
         with only_client(site):
-            assert client_at_work(site) == str(os.getpid())
-        assert client_at_work(site) is None
+            assert other_client(site) is None
+            assert (site.state_dir / "client.lock").read_text() == str(os.getpid())
 
     def test_folder_is_missing(self, make_site: MakeSite) -> None:
         site = make_site(1)
         site.state_dir.rmdir()
         with pytest.raises(ConfigError, match=r"there is no folder .*site init hospitalA"), only_client(site):
             pytest.fail("no folder")
-        assert client_at_work(site) is None
+        assert other_client(site) is None
