@@ -6,7 +6,7 @@ torch and no process of a running centre does.
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 import yaml
@@ -15,13 +15,13 @@ from icmoe.checkpoint import Checkpoint, save_checkpoint, write_text
 from icmoe.config import RunConfig, load_run_config
 from icmoe.errors import IcmoeError, RunError
 from icmoe.exchange import shared_names
-from icmoe.modeling.backbone import Backbone, load_backbone
-from icmoe.modeling.build import build_icmoe, normalisation_params
-from icmoe.modeling.icmoe import IcMoe
-from icmoe.training import dump_arrays
+
+if TYPE_CHECKING:
+    from icmoe.modeling.backbone import Backbone
+    from icmoe.modeling.icmoe import IcMoe
 
 
-def open_run_directory(out: Path, run: RunConfig, backbone: Backbone, model: IcMoe) -> None:
+def open_run_directory(out: Path, run: RunConfig, backbone: "Backbone", model: "IcMoe") -> None:
     """Write config and first checkpoint where a resumed run has not done so already.
 
     The digest comes first: it makes the folder a run that --resume and --overwrite accept, whatever is killed after it.
@@ -29,6 +29,9 @@ def open_run_directory(out: Path, run: RunConfig, backbone: Backbone, model: IcM
     Raises:
         RunError: if the folder cannot be written.
     """
+    from icmoe.modeling.build import normalisation_params
+    from icmoe.training import dump_arrays
+
     digest = run.digest()
     try:
         write_text(out / "config.sha256", digest + "\n")
@@ -52,6 +55,10 @@ def main(
     """Build the model once and write the run directory."""
     try:
         run = load_run_config(config, override or [])
+        # Costs seconds, which a wrong config need not wait for.
+        from icmoe.modeling.backbone import load_backbone
+        from icmoe.modeling.build import build_icmoe
+
         backbone = load_backbone(
             run.model.backbone,
             checkpoint=checkpoint,
