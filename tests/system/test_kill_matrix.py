@@ -3,7 +3,6 @@
 import signal
 import time
 from dataclasses import dataclass
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 SITES = ("a", "b", "c")
 VICTIMS = (
     "nothing",
+    "nothing",
     "SuperLink",
     "gateway",
     "superexec",
@@ -25,9 +25,8 @@ VICTIMS = (
     "whole site",
     "whole centre",
     "everything",
-    "nothing",
 )
-"""Who dies in which round, from round 1."""
+"""Who dies in which round, from round 1, which also waits for the sites to come and to encode their images."""
 SETTINGS = f"""\
 task: {{name: discs, classes: {{disc: 1}}}}
 model: {{backbone: lite_medsam, width: 16, residual_rank: 2}}
@@ -120,7 +119,7 @@ def exits(story: Story) -> tuple[int, list[int]]:
 
 def test_every_kill_is_survived(story: Story, exits: tuple[int, list[int]]) -> None:
     assert exits == (0, [0, 0, 0]), story.centre.output
-    quiet = median(story.seconds[number] for number, victim in enumerate(VICTIMS, start=1) if victim == "nothing")
+    quiet = story.seconds[2]
     print(f"{'nothing':14} {quiet:5.0f} s")
     for number, victim in enumerate(VICTIMS, start=1):
         if victim != "nothing":
