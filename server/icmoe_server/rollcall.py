@@ -222,7 +222,8 @@ class _Exchange:
 
     def close(self) -> Answers:
         """Sort what is left; the answers in site order."""
-        for site in self.outstanding.values():
+        # Flower calls a message lost when it expires, which is at the deadline: such a site was to be asked again.
+        for site in {*self.outstanding.values(), *(self._to_ask - set(self.missing))}:
             self.answers.failed[site] = "no answer before the round's deadline"
             self._board.note(site, "failed", self.answers.failed[site])
         self.answers.missing = dict(sorted(self.missing.items()))

@@ -15,6 +15,8 @@ StopWhen = Literal["after_round", "now"]
 
 CENTRE_VARIABLE, RUN_VARIABLE = "ICMOE_CENTRE_DIR", "ICMOE_RUN_DIR"
 """How a ServerApp process learns where it belongs; never part of a run's config, which sites see."""
+SERVER_APP_LOG = "serverapp.log"
+"""Its log, among those of the centre."""
 
 
 def now() -> str:

@@ -33,7 +33,14 @@ from icmoe_server.operator.messages import ChildInfo
 from icmoe_server.operator.server import serve_operator
 from icmoe_server.operator.service import OperatorService
 from icmoe_server.registry import NodeStatus, SiteRegistry, read_nodes
-from icmoe_server.status import CENTRE_VARIABLE, RUN_VARIABLE, note_failure, read_status, server_app_lock
+from icmoe_server.status import (
+    CENTRE_VARIABLE,
+    RUN_VARIABLE,
+    SERVER_APP_LOG,
+    note_failure,
+    read_status,
+    server_app_lock,
+)
 
 START_SECONDS = 60.0
 TICK = 1.0
@@ -191,7 +198,7 @@ class Supervisor:
             raise RunError(
                 f"the run broke {self._failures} times in a row in round {server_round}: "
                 f"{detail or 'no reason given'}. "
-                f"{self._centre.logs / 'superexec.log'} has the details; the rounds before are kept."
+                f"{self._centre.logs / SERVER_APP_LOG} has the details; the rounds before are kept."
             )
         logger.warning("the run broke in round %d (%s); it goes on from its last checkpoint", server_round, detail)
 

@@ -87,6 +87,14 @@ def test_a_site_that_dies_each_time_does_not_hold_up_the_rest(centre: Any) -> No
     assert list(answers.good) == ["a", "c"]
 
 
+def test_a_message_lost_at_the_deadline_leaves_its_site_in_the_roll_call(centre: Any) -> None:
+    """Flower calls an expired message lost, and it expires at the deadline: too late to ask again."""
+    call = Call(centre, deadline=0.0)
+    answers = call.ask(lambda site, *rest: LostError(3) if site == "b" else centre.good(site, *rest))
+    assert answers.failed == {"b": "no answer before the round's deadline"}
+    assert call.status()["roll_call"]["b"]["state"] == "failed"
+
+
 class TestMissing:
     def test_is_waited_for_and_asked_when_it_is_back(self, centre: Any) -> None:
         call = Call(centre)
