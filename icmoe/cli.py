@@ -13,12 +13,14 @@ import typer
 from rich.console import Console
 
 from icmoe import __version__
+from icmoe.commands.audit import audit_app
 from icmoe.commands.client import client
 from icmoe.commands.data import data_app
 from icmoe.commands.evaluate import evaluate
 from icmoe.commands.export import export
 from icmoe.commands.operator import status, stop, watch
 from icmoe.commands.predict import predict
+from icmoe.commands.privacy import privacy_app
 from icmoe.commands.server_init import init
 from icmoe.commands.server_start import start
 from icmoe.commands.site import site_app
@@ -38,6 +40,8 @@ app = typer.Typer(
 cache_app = typer.Typer(no_args_is_help=True, help="The cache of frozen features (folder: $ICMOE_CACHE_DIR).")
 app.add_typer(cache_app, name="cache")
 app.add_typer(data_app, name="data")
+app.add_typer(privacy_app, name="privacy")
+app.add_typer(audit_app, name="audit")
 app.add_typer(site_app, name="site")
 app.add_typer(sites_app, name="sites")
 server_app = typer.Typer(no_args_is_help=True, help="The study centre (folder: $ICMOE_CENTRE_DIR).")

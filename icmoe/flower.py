@@ -33,6 +33,7 @@ def pack_instruction(instruction: Instruction, arrays: Arrays) -> RecordDict:
             "config-sha256": instruction.config_digest,
             "server-round": instruction.server_round,
             "site": instruction.site,
+            "countersigned": instruction.countersigned,
         }
     )
     return RecordDict({ARRAYS: pack_arrays(arrays), ABOUT: about})
@@ -55,14 +56,15 @@ def unpack_instruction(content: RecordDict) -> tuple[Instruction, dict[str, Arra
             config_digest=str(about["config-sha256"]),
             server_round=int(about["server-round"]),  # type: ignore[arg-type]
             site=str(about["site"]),
+            countersigned=str(about["countersigned"]),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ExchangeError(f"the centre's message is malformed ({error}); run the same icmoe-fl everywhere") from error
     return instruction, unpack_arrays(arrays)
 
 
-def pack_report(report: SiteReport, arrays: Arrays | None = None) -> RecordDict:
-    """A site's report, with tensors after training, as the content of a reply."""
+def pack_report(report: SiteReport, arrays: Arrays | None = None, *, receipt: str = "") -> RecordDict:
+    """A site's report, with tensors after training and its signed receipt, as the content of a reply."""
     about = ConfigRecord(
         {
             "site": report.site,
@@ -70,6 +72,7 @@ def pack_report(report: SiteReport, arrays: Arrays | None = None) -> RecordDict:
             "config-sha256": report.config_digest,
             "backbone-sha256": report.backbone_digest,
             "experts": list(report.expert_shares),
+            "receipt": receipt,
         }
     )
     numbers = {name.replace("_", "-"): float(value) for name, value in report.numbers.items()}
@@ -112,6 +115,12 @@ def unpack_report(content: RecordDict) -> SiteReport:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ExchangeError(f"the reply's report is malformed: {error}") from error
+
+
+def unpack_receipt(content: RecordDict) -> str:
+    """The receipt that came with a reply, unread; empty if none did."""
+    about = content.config_records.get(ABOUT)
+    return str(about.get("receipt", "")) if about is not None else ""
 
 
 def unpack_update(content: RecordDict) -> Update:

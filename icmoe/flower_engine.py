@@ -28,6 +28,7 @@ CALL_TIMEOUT = 10.0
 """Seconds for a call of the Control API; it is on this machine."""
 
 SERVER_MODULE, CLIENT_MODULE = "icmoe_server.deployed", "icmoe_client.deployed"
+SUPERNODE_MODULE = "icmoe_client.steady_line"
 CLIENT_APP_COMMAND = "flwr-clientapp"
 """What a SuperNode starts for every message, looked up in its PATH."""
 
@@ -93,9 +94,11 @@ def superexec_command(*, port: int, ca_certificate: Path, secret: Path, parent_p
 
 
 def supernode_command(*, server: str, ca_certificate: Path, key: Path, site: str, port: int) -> Command:
-    """A site's SuperNode. ``port`` is its Runtime API, on loopback."""
+    """A site's SuperNode, mended for lines that break. ``port`` is its Runtime API, on loopback."""
+    start = f"from {SUPERNODE_MODULE} import run_supernode; run_supernode()"
     return [
-        *(_script("flower-supernode"), "--superlink", server, "--root-certificates", str(ca_certificate)),
+        *(sys.executable, "-c", start, "flower-supernode"),
+        *("--superlink", server, "--root-certificates", str(ca_certificate)),
         *("--auth-supernode-private-key", str(key), "--node-config", f'site="{site}"'),
         *("--host", "127.0.0.1", "--port", str(port)),
     ]

@@ -150,6 +150,9 @@ def make_sites(request: SimulationRequest) -> tuple[Site, ...]:
             verify_checkpoint=request.verify_checkpoint,
             num_threads=max(1, num_cpus() // num_workers),
             num_left_out=sum(sample.split == "train" for sample in set(samples) - set(usable)),
+            # Under differential privacy a hospital fixes its weight; a simulated one takes its true number.
+            num_examples=sum(sample.split == "train" for sample in usable) if request.run.privacy else None,
+            simulated=True,
         )
         sites.append(site)
     return tuple(sites)

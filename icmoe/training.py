@@ -123,17 +123,18 @@ def train_local(
     step = 0
     for epoch in range(config.local_epochs):
         for pairs in _batches(rng, len(data), config.batch_size):
-            batch = [_Draw(index, views[draw % len(views)], int(draw)) for index, draw in pairs]
+            batch = [Draw(index, views[draw % len(views)], int(draw)) for index, draw in pairs]
             with_basic = step % config.basic_every == 0
             optimizer.zero_grad(set_to_none=True)
             batch_loss = 0.0
-            for part in _parts(batch, max_physical_batch_size):
-                loss, votes = _part_loss(model, decoder, data, part, config=config, with_basic=with_basic)
+            for part in in_parts(batch, max_physical_batch_size):
+                each, votes = part_losses(model, decoder, data, part, config=config, with_basic=with_basic)
+                loss = each.sum()
                 (loss / len(batch)).backward()  # type: ignore[no-untyped-call]
                 batch_loss += float(loss.detach()) / len(batch)
                 shares += votes
             if received:
-                _add_proximal_gradient(model, received, proximal_mu)
+                add_proximal_gradient(model, received, proximal_mu)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
             if not math.isfinite(batch_loss) or not math.isfinite(norm):
                 raise RunError(
@@ -150,16 +151,16 @@ def train_local(
     return TrainResult(float(np.mean(losses)), step, dict(zip(model.expert_names, shares.tolist(), strict=True)))
 
 
-def _part_loss(
+def part_losses(
     model: IcMoe,
     decoder: FrozenDecoder,
     data: TrainData,
-    part: Sequence["_Draw"],
+    part: Sequence["Draw"],
     *,
     config: TrainConfig,
     with_basic: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Summed loss of some images, and their summed votes (E,)."""
+    """Loss of each of some images (B,), and their summed votes (E,)."""
     items = [data.load(draw.index, draw.view) for draw in part]
     # Each image brings its own randomness, so that neither batch nor part changes what it gets.
     generators = [np.random.default_rng(draw.seed) for draw in part]
@@ -174,7 +175,7 @@ def _part_loss(
         output = model(embeddings, detail, decoder, with_basic=with_basic)
     grid = output.probabilities.shape[-1]
     draws = _stack(generator.random((grid, grid), dtype=np.float32) for generator in generators).to(device)
-    loss = icmoe_loss(
+    losses = icmoe_loss(
         output,
         labels,
         draws,
@@ -182,12 +183,12 @@ def _part_loss(
         consistency_temperature=config.loss.consistency_temperature,
         contrast_temperature=config.loss.contrast_temperature,
         contrast_anchors=config.loss.contrast_anchors,
-    ).sum()
+    )
     num_experts = len(model.expert_names)
     if output.votes.shape[1] < num_experts:
-        return loss, torch.zeros(num_experts)
+        return losses, torch.zeros(num_experts)
     valid = (at_grid(labels, grid) != IGNORE_INDEX).unsqueeze(1)
-    return loss, (output.votes.detach() * valid).sum(dim=(0, 2, 3)).cpu()
+    return losses, (output.votes.detach() * valid).sum(dim=(0, 2, 3)).cpu()
 
 
 @torch.no_grad()
@@ -274,7 +275,7 @@ def _batches(rng: np.random.Generator, num_images: int, batch_size: int) -> Iter
 
 
 @dataclass(frozen=True)
-class _Draw:
+class Draw:
     """An image of a batch: which view of it, and the seed of its own randomness."""
 
     index: int
@@ -286,12 +287,14 @@ def _stack(arrays: Iterable[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.stack(list(arrays)))
 
 
-def _parts(batch: list[_Draw], size: int | None) -> Iterator[list[_Draw]]:
+def in_parts(batch: list[Draw], size: int | None) -> Iterator[list[Draw]]:
+    """Split a batch into parts of at most ``size`` images."""
     size = size or len(batch)
     return (batch[start : start + size] for start in range(0, len(batch), size))
 
 
-def _add_proximal_gradient(model: IcMoe, received: Sequence[Tensor], mu: float) -> None:
+def add_proximal_gradient(model: IcMoe, received: Sequence[Tensor], mu: float) -> None:
+    """Add the gradient of mu / 2 * ||w - w_received||^2 (FedProx)."""
     for parameter, start in zip(model.parameters(), received, strict=True):
         if parameter.grad is not None:
             parameter.grad.add_(parameter.detach() - start, alpha=mu)

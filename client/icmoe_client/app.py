@@ -16,7 +16,7 @@ SITE_ERROR = 100
 """Code of our error replies; Flower's own codes are below."""
 
 # The text of these never names a file, a patient or a pixel value; that of the others may.
-_SAFE_TO_SEND = (ConfigError, ExchangeError, PrivacyError)
+_SAFE_TO_SEND = (ExchangeError, PrivacyError)
 logger = logging.getLogger(__name__)
 
 
@@ -41,14 +41,14 @@ def make_client_app(
     def work(message: Message, context: Context) -> Message:
         try:
             instruction, arrays = unpack_instruction(message.content)
-            run = parse_run_config(instruction.run_json, source="the centre's run config")
+            run = _read_run(instruction.run_json)
             admit(run)
             site = resolve_site(context)
             train = instruction.job == "train"
             if simulated and train and simulated_dropout(run, site.name, instruction.server_round):
                 return _refusal(message, "simulated dropout")
-            report, update = carry_out(site, instruction, arrays)
-            return reply(message, pack_report(report, update))
+            outgoing = carry_out(site, instruction, arrays)
+            return reply(message, pack_report(outgoing.report, outgoing.arrays, receipt=outgoing.receipt))
         except IcmoeError as error:
             logger.error("%s", error)
             return _refusal(message, describe_for_centre(error))
@@ -64,6 +64,14 @@ def make_client_app(
     app.train()(work)
     app.evaluate()(work)
     return app
+
+
+def _read_run(text: str) -> RunConfig:
+    """The centre's run config; what is wrong with it may be told to the centre, which wrote it."""
+    try:
+        return parse_run_config(text, source="the centre's run config")
+    except ConfigError as error:
+        raise ExchangeError(str(error)) from error
 
 
 def describe_for_centre(error: IcmoeError) -> str:

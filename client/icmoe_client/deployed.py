@@ -116,7 +116,8 @@ def open_site(config: SiteConfig) -> Site:
     from icmoe.data.checked import require_checked
     from icmoe.data.manifest import load_manifest
 
-    left_out = frozenset(one.name for one in require_checked(config.data).skipped)
+    checked = require_checked(config.data)
+    left_out = frozenset(one.name for one in checked.skipped)
     manifest = load_manifest(config.data)
     usable = tuple(sample for sample in manifest.samples if sample_name(sample, manifest.root) not in left_out)
     num_train = sum(sample.split == "train" for sample in usable)
@@ -132,4 +133,9 @@ def open_site(config: SiteConfig) -> Site:
         max_physical_batch_size=config.max_physical_batch_size,
         num_threads=config.num_threads,
         num_left_out=sum(sample.split == "train" for sample in set(manifest.samples) - set(usable)),
+        image_digests=checked.digests,
+        num_examples=config.num_examples,
+        policy=config.policy,
+        ledger=config.ledger_path,
+        receipt_key=config.receipt_key,
     )

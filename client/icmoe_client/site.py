@@ -1,9 +1,10 @@
 """What belongs to a hospital and is never sent: where its images are, what its machine can do."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from icmoe.data.manifest import Sample
+from icmoe_client.site_file import SitePolicy
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,12 @@ class Site:
         num_threads: CPU threads; ``None`` leaves torch's default.
         num_left_out: training images of the manifest that are not in ``samples``, because the data check found them
             damaged; counted in every report.
+        image_digests: sha256 of each sample's image, in order, as the data check found them; ``None`` reads the images.
+        num_examples: weight in the average that the site file fixes; ``None`` is the number of training images.
+        policy: what may be asked of it, and what may leave.
+        ledger: the privacy ledger; ``None`` is ``ledger.sqlite`` in ``state_dir``.
+        receipt_key: signs a receipt of every message; ``None``, in simulations only, writes none.
+        simulated: noise may then come from the run's seed, so that a run can be repeated, and protects nobody.
     """
 
     name: str
@@ -32,3 +39,9 @@ class Site:
     max_physical_batch_size: int | None = None
     num_threads: int | None = None
     num_left_out: int = 0
+    image_digests: tuple[str, ...] | None = None
+    num_examples: int | None = None
+    policy: SitePolicy = field(default_factory=SitePolicy)
+    ledger: Path | None = None
+    receipt_key: Path | None = None
+    simulated: bool = False

@@ -58,6 +58,19 @@ class SitePolicy(_Section):
     max_skipped_share: float = Field(
         default=0.1, ge=0.0, le=1.0, description="share of the manifest's images that may be left out as damaged"
     )
+    min_cell: int = Field(
+        default=0,
+        ge=0,
+        description="counts of images below it do not leave, nor what is computed from so few; 0 is none",
+    )
+    release_expert_shares: bool = Field(
+        default=True,
+        description="let the experts' shares of the vote leave, in runs without differential privacy; the centre shows "
+        "them and may weight experts by them",
+    )
+    metric_noise: float = Field(
+        default=0.0, ge=0.0, le=1.0, description="standard deviation of noise on scores that leave, such as Dice"
+    )
     allowed_apps: tuple[Sha256, ...] = Field(
         default=(),
         description="sha256 of further apps a centre may name, beyond the one of this version. Whatever it names, only "

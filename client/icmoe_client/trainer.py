@@ -3,6 +3,7 @@
 import math
 import zlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from safetensors.numpy import load_file
@@ -10,15 +11,42 @@ from safetensors.numpy import load_file
 from icmoe.checkpoint import write_arrays
 from icmoe.config import RunConfig, parse_run_config
 from icmoe.errors import BackboneError, ExchangeError
-from icmoe.exchange import Instruction, SiteReport, extract_update
+from icmoe.exchange import Instruction, Job, SiteReport, extract_update
 from icmoe.metrics import ImageScore, mean_or_none
+from icmoe.privacy.dp_sgd import train_private
+from icmoe.privacy.sampling import os_noise, seeded_noise
+from icmoe.receipts import Countersignature, Epsilon
 from icmoe.training import dump_arrays, evaluate, load_arrays, round_learning_rate, train_local
 from icmoe.types import Array, Arrays, Split
+from icmoe_client.egress import EgressRules, release
+from icmoe_client.egress_log import LOG as EGRESS_LOG
+from icmoe_client.egress_log import EgressLog
+from icmoe_client.private_round import PrivateRound, epsilon_so_far
 from icmoe_client.site import Site
 from icmoe_client.workbench import Workbench
 
 
-def carry_out(site: Site, instruction: Instruction, arrays: Arrays) -> tuple[SiteReport, dict[str, Array] | None]:
+@dataclass(frozen=True)
+class Outgoing:
+    """What leaves: checked by the egress guard, and written on a receipt where the site has a key for one."""
+
+    report: SiteReport
+    arrays: dict[str, Array] | None
+    receipt: str
+
+
+@dataclass(frozen=True)
+class _Done:
+    """What a job gave, before anything of it may leave."""
+
+    numbers: dict[str, float]
+    shares: dict[str, float] = field(default_factory=dict)
+    per_class: Sequence[float] = ()
+    update: dict[str, Array] | None = None
+    private: PrivateRound | None = None
+
+
+def carry_out(site: Site, instruction: Instruction, arrays: Arrays) -> Outgoing:
     """Do what the centre asks.
 
     Args:
@@ -31,6 +59,7 @@ def carry_out(site: Site, instruction: Instruction, arrays: Arrays) -> tuple[Sit
 
     Raises:
         ExchangeError: if config or tensors are not what was agreed.
+        PrivacyError: if the site's budget, its books or its egress guard say no.
         BackboneError: if the frozen weights changed.
         DataError: if the images cannot be used.
     """
@@ -44,27 +73,84 @@ def carry_out(site: Site, instruction: Instruction, arrays: Arrays) -> tuple[Sit
         raise ExchangeError(
             "the run config does not have the digest the centre announced; run the same icmoe-fl everywhere"
         )
+    log = open_egress_log(site)
+    if log is not None and instruction.countersigned:
+        log.acknowledge(Countersignature.from_json(instruction.countersigned))
+    # Before an image is read: a round that passes the budget must not touch the data.
+    train = instruction.job == "train"
+    private = None
+    if train and run.privacy is not None:
+        known = log.last_epsilon() if log is not None else None
+        private = PrivateRound.book(site, run, server_round=instruction.server_round, known=known)
     bench = Workbench.prepare(site, run)
     before = bench.backbone.digest()
     _load_weights(bench, instruction, arrays)
-    if instruction.job == "train":
-        numbers, shares, per_class, update = _train(bench, instruction.server_round)
+    if train:
+        done = _train(bench, instruction.server_round, private)
     else:
-        split: Split = "test" if instruction.job == "test" else "val"
-        (numbers, per_class), shares, update = score_split(bench, split), {}, None
+        numbers, per_class = score_split(bench, "test" if instruction.job == "test" else "val")
+        done = _Done(numbers, per_class=per_class)
     if bench.backbone.digest() != before:
         raise BackboneError("the frozen backbone changed during the round; nothing was sent")
-    numbers["trainable_params"] = sum(parameter.numel() for parameter in bench.model.parameters())
+    done.numbers["trainable_params"] = sum(parameter.numel() for parameter in bench.model.parameters())
     report = SiteReport(
         site=site.name,
         server_round=instruction.server_round,
         config_digest=instruction.config_digest,
         backbone_digest=before,
-        numbers=numbers,
-        expert_shares=shares,
-        dice_per_class=per_class,
+        numbers=done.numbers,
+        expert_shares=done.shares,
+        dice_per_class=done.per_class,
     )
-    return report, update
+    return _send(bench, instruction.job, report, done, log)
+
+
+def _send(bench: Workbench, job: Job, report: SiteReport, done: _Done, log: EgressLog | None) -> Outgoing:
+    """Through the guard, onto the receipt, then out."""
+    rules = egress_rules(bench)
+    released, update = release(report, done.update, rules=rules)
+    receipt = ""
+    if log is not None:
+        train = bench.select("train")
+        receipt = log.append(
+            released,
+            update,
+            run=released.config_digest,
+            job=job,
+            patients=rules.count(len({sample.patient for sample in train})),
+            images=rules.count(len(train)),
+            epsilon=_epsilon(bench, done.private),
+        ).to_json()
+    if done.private is not None:
+        done.private.release()
+    return Outgoing(released, update, receipt)
+
+
+def _epsilon(bench: Workbench, private: PrivateRound | None) -> Epsilon | None:
+    if private is not None:
+        return private.epsilon
+    return epsilon_so_far(bench.site, bench.run.privacy) if bench.run.privacy is not None else None
+
+
+def open_egress_log(site: Site) -> EgressLog | None:
+    """The site's log of what left; ``None`` in a simulation."""
+    if site.receipt_key is None:
+        return None
+    return EgressLog(site.state_dir / EGRESS_LOG, key=site.receipt_key, site=site.name)
+
+
+def egress_rules(bench: Workbench) -> EgressRules:
+    """What may leave of this run, from the model and the site's policy."""
+    dtype = bench.run.federation.communication.dtype
+    parameters = dict(bench.model.named_parameters())
+    return EgressRules(
+        allowed={name: (tuple(parameters[name].shape), dtype) for name in bench.shared()},
+        dp=bench.run.privacy is not None,
+        min_cell=bench.site.policy.min_cell,
+        release_shares=bench.site.policy.release_expert_shares,
+        metric_noise=bench.site.policy.metric_noise,
+        fixed_examples=bench.site.num_examples,
+    )
 
 
 def training_seed(run: RunConfig, site_name: str, server_round: int) -> tuple[int, int, int]:
@@ -84,40 +170,62 @@ def _load_weights(bench: Workbench, instruction: Instruction, arrays: Arrays) ->
         load_arrays(bench.model, load_file(source))
 
 
-def _train(
-    bench: Workbench, server_round: int
-) -> tuple[dict[str, float], dict[str, float], list[float], dict[str, Array]]:
-    run, federation = bench.run, bench.run.federation
+def _train(bench: Workbench, server_round: int, private: PrivateRound | None) -> _Done:
+    run, site, federation = bench.run, bench.site, bench.run.federation
     numbers, per_class = score_split(bench, "val")
     encoded = bench.encode("train")
     data = bench.dataset("train")
-    result = train_local(
-        bench.model,
-        bench.backbone.decoder,
-        data,
-        config=run.train,
-        views=[view for view in run.train.views if view in encoded.views],
-        learning_rate=round_learning_rate(run.train, server_round=server_round, num_rounds=federation.num_rounds),
-        seed=training_seed(run, bench.site.name, server_round),
-        proximal_mu=federation.proximal_mu if federation.strategy == "fedprox" else 0.0,
-        max_physical_batch_size=bench.site.max_physical_batch_size,
-    )
+    views = [view for view in run.train.views if view in encoded.views]
+    learning_rate = round_learning_rate(run.train, server_round=server_round, num_rounds=federation.num_rounds)
+    proximal_mu = federation.proximal_mu if federation.strategy == "fedprox" else 0.0
+    seed = training_seed(run, site.name, server_round)
+    if private is None:
+        result = train_local(
+            bench.model,
+            bench.backbone.decoder,
+            data,
+            config=run.train,
+            views=views,
+            learning_rate=learning_rate,
+            seed=seed,
+            proximal_mu=proximal_mu,
+            max_physical_batch_size=site.max_physical_batch_size,
+        )
+    else:
+        private.require_all(len(data))
+        result = train_private(
+            bench.model,
+            bench.backbone.decoder,
+            data,
+            config=run.train,
+            privacy=private.privacy,
+            spend=private.booking.spend,
+            unit_of=private.unit_of,
+            views=views,
+            learning_rate=learning_rate,
+            # The centre knows the run's seed and could subtract noise that came from it.
+            noise=seeded_noise(seed) if site.simulated else os_noise(),
+            proximal_mu=proximal_mu,
+            max_physical_batch_size=site.max_physical_batch_size,
+        )
+        numbers["epsilon"] = private.booking.epsilon_after
     trained = dump_arrays(bench.model)
     shared = bench.shared()
     local = {name: array for name, array in trained.items() if name not in set(shared)}
     if local:
         write_arrays(bench.local_file(server_round), local)
     update = extract_update(trained, shared, expert_shares=result.expert_shares, communication=federation.communication)
+    if private is None:
+        numbers["train_loss"] = result.loss
     numbers |= {
-        "num_examples": encoded.used,
-        "train_loss": result.loss,
+        "num_examples": site.num_examples or encoded.used,
         "num_steps": result.num_steps,
-        "found": encoded.found + bench.site.num_left_out,
+        "found": encoded.found + site.num_left_out,
         "used": encoded.used,
-        "skipped": sum(encoded.skipped.values()) + bench.site.num_left_out,
+        "skipped": sum(encoded.skipped.values()) + site.num_left_out,
         "empty_masks": data.num_empty_masks,
     }
-    return numbers, result.expert_shares, per_class, update
+    return _Done(numbers, result.expert_shares, per_class, update, private)
 
 
 def score_split(bench: Workbench, split: Split) -> tuple[dict[str, float], list[float]]:

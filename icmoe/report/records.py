@@ -59,7 +59,7 @@ class Results(Scores):
     seconds: float | None = None
     cpu_seconds: float | None = None
     epsilon: dict[str, float | None] = {}
-    empty_masks: dict[str, int] = {}
+    empty_masks: dict[str, int | None] = {}
     reference: dict[str, Scores] = {}
 
 

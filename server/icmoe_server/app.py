@@ -22,6 +22,7 @@ from icmoe.errors import BackboneError, IcmoeError, RunError
 from icmoe.exchange import SiteReport
 from icmoe.flower import unpack_site_name
 from icmoe_server.books import Books, Record, summarise_test
+from icmoe_server.receipt_desk import ReceiptDesk
 from icmoe_server.rollcall import RollCall, StopWantedError
 from icmoe_server.rounds import Rounds, describe_failures, failure_reasons
 from icmoe_server.status import StatusBoard
@@ -43,6 +44,7 @@ class Plan:
         sites: expected sites by name.
         registered: gives site name -> node id by registered key. ``None`` asks the nodes for their names instead, which
             is right only where nobody has a reason to lie: in a simulation.
+        desk: takes the receipts of registered sites; ``None`` in a simulation.
         on_round: called with each finished line of ``rounds.jsonl``.
     """
 
@@ -50,6 +52,7 @@ class Plan:
     run_dir: Path
     sites: tuple[str, ...]
     registered: Registered | None = None
+    desk: ReceiptDesk | None = None
     on_round: Callable[[Record], None] = lambda record: None
 
 
@@ -101,6 +104,7 @@ def _run_rounds(plan: Plan, grid: Grid, board: StatusBoard) -> None:
         ),
         board=board,
         start=start,
+        desk=plan.desk,
         on_round=plan.on_round,
     )
     for server_round in range(start.server_round + 1, federation.num_rounds + 1):
@@ -199,5 +203,10 @@ def _results(
         "empty_masks": trained[-1]["empty_masks"],
         "final": {"mean_dice": summary["mean_dice"], "worst_site": summary["worst_site"]},
         "seconds": seconds,
-        "epsilon": dict.fromkeys(sorted(tested)),
+        "epsilon": {site: _last_epsilon(trained, site) for site in sorted(tested)},
     }
+
+
+def _last_epsilon(records: list[Record], site: str) -> float | None:
+    """What a site's data had spent after the last round it took part in; ``None`` without differential privacy."""
+    return next((record["epsilon"][site] for record in reversed(records) if site in record["epsilon"]), None)

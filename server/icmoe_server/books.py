@@ -90,5 +90,5 @@ def _site_entry(report: SiteReport, class_names: list[str]) -> Record:
         },
         "hd95": numbers.get("hd95"),
         "hd95_unit": "mm" if numbers.get("hd95_in_mm") else "px",
-        "num_test": int(numbers.get("num_scored", 0)),
+        "num_test": int(numbers["num_scored"]) if "num_scored" in numbers else None,
     }

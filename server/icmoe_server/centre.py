@@ -109,6 +109,11 @@ class Centre:
         return self.pki / f"{OPERATOR}.key"
 
     @property
+    def receipt_heads(self) -> Path:
+        """The last receipt of each site that was countersigned, over all runs."""
+        return self.state / "receipts.json"
+
+    @property
     def superexec_secret(self) -> Path:
         """Shared by SuperLink and SuperExec."""
         return self.root / "secrets" / "superexec"

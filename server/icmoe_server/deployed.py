@@ -16,6 +16,9 @@ from icmoe.locks import hold
 from icmoe.processes import MAX_LOG_BYTES, NUM_OLD_LOGS
 from icmoe_server.app import Plan, run_federation
 from icmoe_server.centre import Centre
+from icmoe_server.receipt_desk import ReceiptDesk
+from icmoe_server.receipts import KEY as RECEIPT_KEY
+from icmoe_server.receipts import ReceiptBook
 from icmoe_server.registry import SiteRegistry, read_nodes
 from icmoe_server.status import CENTRE_VARIABLE, RUN_VARIABLE, SERVER_APP_LOG, server_app_lock
 
@@ -36,6 +39,11 @@ def registered_sites(centre: Centre) -> Callable[[], Mapping[str, int]]:
         }
 
     return registered
+
+
+def receipt_keys(centre: Centre) -> dict[str, str]:
+    """Site name -> public key of its receipts."""
+    return {name: site.receipt_public_key for name, site in SiteRegistry(centre.registry).active().items()}
 
 
 @contextmanager
@@ -61,7 +69,14 @@ def logged(path: Path) -> Iterator[None]:
 def _plan(centre: Centre) -> Plan:
     run_dir = Path(os.environ[RUN_VARIABLE])
     run = load_run_config(run_dir / "config.yaml")
-    return Plan(run=run, run_dir=run_dir, sites=run.federation.sites, registered=registered_sites(centre))
+    book = ReceiptBook(run_dir, key=centre.pki / RECEIPT_KEY, heads=centre.receipt_heads)
+    return Plan(
+        run=run,
+        run_dir=run_dir,
+        sites=run.federation.sites,
+        registered=registered_sites(centre),
+        desk=ReceiptDesk(book, keys=lambda: receipt_keys(centre)),
+    )
 
 
 app = ServerApp()

@@ -18,11 +18,12 @@ from icmoe.checkpoint import Checkpoint, save_checkpoint
 from icmoe.config import RunConfig
 from icmoe.errors import IcmoeError, RunError
 from icmoe.exchange import Instruction, Job, SiteReport, Update, check_report, check_update
-from icmoe.flower import pack_instruction, unpack_report, unpack_update
+from icmoe.flower import pack_instruction, unpack_receipt, unpack_report, unpack_update
 from icmoe.types import Arrays
 from icmoe_server.books import Books, Record
 from icmoe_server.optimizers import make_optimizer
 from icmoe_server.outliers import check_norm, usual_norm
+from icmoe_server.receipt_desk import ReceiptDesk
 from icmoe_server.rollcall import Answers, Request, RollCall
 from icmoe_server.status import StatusBoard
 
@@ -43,6 +44,7 @@ class Rounds:
         roll_call: exchanges messages with them.
         board: where people see how the sites stand.
         start: checkpoint the run continues from.
+        desk: checks and keeps the receipts of registered sites; ``None`` in a simulation, whose sites write none.
         on_round: called with each finished line of ``rounds.jsonl``.
     """
 
@@ -56,6 +58,7 @@ class Rounds:
         roll_call: RollCall,
         board: StatusBoard,
         start: Checkpoint,
+        desk: ReceiptDesk | None,
         on_round: Callable[[Record], None],
     ) -> None:
         self._run = run
@@ -70,6 +73,7 @@ class Rounds:
         self._arrays = dict(start.arrays)
         self._optimizer = make_optimizer(run.federation)
         self._optimizer.restore(start.strategy_state)
+        self._desk = desk
         self._on_round = on_round
         self._empty_rounds = 0
 
@@ -116,7 +120,10 @@ class Rounds:
         reports = {}
         for site, message in answers.good.items():
             with self._quarantine(site, record):
-                reports[site] = self._report(site, message, server_round)
+                reports[site] = self._report(site, message, job, server_round)
+        if self._desk is not None:
+            self._desk.write(server_round)
+            self._desk.settle(server_round)
         return reports, record
 
     def _sample(self, server_round: int) -> list[str]:
@@ -126,7 +133,8 @@ class Rounds:
         return sorted(self._sites[index] for index in rng.permutation(len(self._sites))[:count])
 
     def _request(self, job: Job, server_round: int, site: str, arrays: Arrays | None = None) -> Request:
-        instruction = Instruction(job, self._run_json, self._digest, server_round, site)
+        countersigned = self._desk.countersigned(site) if self._desk is not None else ""
+        instruction = Instruction(job, self._run_json, self._digest, server_round, site, countersigned)
         content = pack_instruction(instruction, self._arrays if arrays is None else arrays)
         return Request(MessageType.TRAIN if job == "train" else MessageType.EVALUATE, content)
 
@@ -138,7 +146,7 @@ class Rounds:
                 if site in chosen:
                     checked[site] = self._update(site, message, server_round)
                 else:
-                    _note_validation(record, site, self._report(site, message, server_round - 1))
+                    _note_validation(record, site, self._report(site, message, "validate", server_round - 1))
         usual = usual_norm([*(norm for _, norm in checked.values()), *self._books.recent_norms()])
         for site, (_, norm) in checked.items():
             with self._quarantine(site, record):
@@ -168,10 +176,17 @@ class Rounds:
             communication=self._run.federation.communication,
             max_update_norm=self._run.federation.max_update_norm,
         )
+        self._take_receipt(site, message, "train", update.report, update.arrays)
         return update, norm
 
-    def _report(self, site: str, message: Message, server_round: int) -> SiteReport:
-        return self._check_report(site, unpack_report(message.content), server_round)
+    def _report(self, site: str, message: Message, job: Job, server_round: int) -> SiteReport:
+        report = self._check_report(site, unpack_report(message.content), server_round)
+        self._take_receipt(site, message, job, report, None)
+        return report
+
+    def _take_receipt(self, site: str, message: Message, job: Job, report: SiteReport, arrays: Arrays | None) -> None:
+        if self._desk is not None:
+            self._desk.take(unpack_receipt(message.content), site=site, job=job, report=report, arrays=arrays)
 
     def _check_report(self, site: str, report: SiteReport, server_round: int) -> SiteReport:
         check_report(
@@ -207,6 +222,8 @@ class Rounds:
         Raises:
             RunError: if the quorum was missed and that ends the run.
         """
+        if self._desk is not None:
+            self._desk.write(record["round"])
         self._empty_rounds = 0 if record["aggregated"] else self._empty_rounds + 1
         continues = self._run.federation.on_missing == "continue" and self._empty_rounds < MAX_EMPTY_ROUNDS
         if not record["aggregated"] and not continues:
@@ -224,6 +241,8 @@ class Rounds:
             strategy_state=self._optimizer.state(),
         )
         save_checkpoint(self._run_dir, checkpoint)
+        if self._desk is not None:
+            self._desk.settle(record["round"])
         self._on_round(record)
 
 
@@ -232,12 +251,13 @@ def _note_updates(record: Record, updates: Mapping[str, Update]) -> None:
     for site, update in updates.items():
         numbers: Mapping[str, Any] = update.report.numbers
         _note_validation(record, site, update.report)
-        record["train_loss"][site] = numbers["train_loss"]
+        # With differential privacy, and below a site's smallest count, most of these do not leave it.
+        record["train_loss"][site] = numbers.get("train_loss")
         for name in ("num_examples", "used", "found", "skipped", "empty_masks"):
-            record[name][site] = int(numbers.get(name, 0))
+            record[name][site] = int(numbers[name]) if name in numbers else None
         record["bytes_up"][site] = update.num_bytes
         record["expert_shares"][site] = dict(update.report.expert_shares)
-        record["epsilon"][site] = None
+        record["epsilon"][site] = numbers.get("epsilon")
 
 
 def _note_validation(record: Record, site: str, report: SiteReport) -> None:

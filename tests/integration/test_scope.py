@@ -38,9 +38,9 @@ def configured(config: Path) -> Callable[..., RunConfig]:
 
 
 def ask(site: Site, run: RunConfig, arrays: dict[str, Array], server_round: int, job: Job = "train") -> Answer:
-    return trainer.carry_out(
-        site, Instruction(job, run.model_dump_json(), run.digest(), server_round, site.name), arrays
-    )
+    instruction = Instruction(job, run.model_dump_json(), run.digest(), server_round, site.name)
+    outgoing = trainer.carry_out(site, instruction, arrays)
+    return outgoing.report, outgoing.arrays
 
 
 def initial(site: Site, run: RunConfig) -> tuple[dict[str, Array], dict[str, Array]]:

@@ -186,7 +186,6 @@ class TestCheck:
             ({"numbers": {"num_examples": -3.0, "train_loss": 0.5}}, "-3.0 examples"),
             ({"numbers": {"num_examples": np.inf, "train_loss": 0.5}}, "num_examples is inf"),
             ({"numbers": {"train_loss": 0.5}}, "num_examples is missing"),
-            ({"numbers": {"num_examples": 3.0}}, "train_loss is missing"),
             ({"numbers": {"num_examples": 3.0, "train_loss": np.nan}}, "train_loss is nan"),
             ({"dice_per_class": [1.5]}, "Dice of a class is 1.5"),
             ({"expert_shares": SHARES | {"basic.0": np.nan}}, "share"),

@@ -42,6 +42,7 @@ class Game:
             ),
             board=board,
             start=start,
+            desk=None,
             on_round=self.lines.append,
         )
 
