@@ -56,7 +56,12 @@ def ask(
     simulated: bool = False,
 ) -> Message:
     run = run or run_config()
-    monkeypatch.setattr(client_app, "carry_out", lambda *given: Outgoing(*work(*given), "signed"))
+
+    def carry_out(*given: Any) -> Outgoing:
+        said, arrays = work(*given)
+        return Outgoing(said, arrays, receipt="signed")
+
+    monkeypatch.setattr(client_app, "carry_out", carry_out)
     if content is None:
         content = pack_instruction(Instruction(job, run.model_dump_json(), run.digest(), 2, "oslo"), ARRAYS)
     message_type = MessageType.TRAIN if job == "train" else MessageType.EVALUATE
