@@ -104,6 +104,10 @@ def simulate(
     with ConsoleWatcher(console) as watcher:
         results = simulate_seeds(request, _seed_list(seeds), watcher) if seeds else run_simulation(request, watcher)
     print_results(Console(), results)
+    if run.privacy is not None:
+        typer.echo(
+            "epsilon not valid: seeded noise. Only at a real site does the noise come from where nobody can know it."
+        )
     typer.echo(f"Report: {folder / 'report.html'}")
 
 

@@ -112,6 +112,8 @@ def simulate(request: SimulationRequest, watcher: Watcher) -> dict[str, Any]:
                 request.out,
                 reference=run_references(request.run, sites, request.references, request.out, watcher.advance),
             )
+        if request.run.privacy is not None:
+            _add_to_results(request.out, epsilon_valid=False)
         watcher.stage("Report")
         write_examples(request.out, bench, sites)
         rules = sorted({sample.intensity or STORED for sample in bench.site.samples})

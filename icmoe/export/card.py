@@ -71,7 +71,7 @@ def collect_facts(run_dir: Path, run: RunConfig, checkpoint: Checkpoint) -> dict
         "sites": {name: _site_facts(name, entry, trained) for name, entry in results["sites"].items()},
         "mean_dice": results["mean_dice"],
         "worst_site": results["worst_site"],
-        "epsilon": results["epsilon"],
+        "epsilon": results["epsilon"] if results.get("epsilon_valid", True) else {},
     }
 
 

@@ -59,6 +59,7 @@ class Results(Scores):
     seconds: float | None = None
     cpu_seconds: float | None = None
     epsilon: dict[str, float | None] = {}
+    epsilon_valid: bool = True
     empty_masks: dict[str, int | None] = {}
     reference: dict[str, Scores] = {}
 
