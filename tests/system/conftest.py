@@ -1,5 +1,6 @@
 """A real federation on loopback: a centre and three hospitals, each with its own folder, through the command line."""
 
+import contextlib
 import json
 import os
 import signal
@@ -84,6 +85,16 @@ class Running:
             except psutil.Error:
                 continue
         return None
+
+    def loaded(self, library: str) -> list[str]:
+        """Command lines of the processes that have a library in memory."""
+        found = []
+        for process in self.tree():
+            # One that ended meanwhile has nothing in memory.
+            with contextlib.suppress(psutil.Error):
+                if any(library in Path(mapped.path).name for mapped in process.memory_maps()):
+                    found.append(" ".join(process.cmdline()))
+        return found
 
     def kill_all(self) -> None:
         """As a power cut does."""
