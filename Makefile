@@ -100,11 +100,12 @@ imports: $(STAMP) ## import contracts: who may know whom
 	$(BIN)/lint-imports --no-logo
 
 pytest: $(STAMP) ## all tests; those on real images need ICMOE_TEST_DATA
-	$(PYTEST) -n $(WORKERS) $(QUICK)
+	$(PYTEST) -n $(WORKERS) $(QUICK) -m 'not slow'
+	$(PYTEST) -n $(WORKERS) $(QUICK) -m slow
 	$(PYTEST) tests/integration
 
 unit: $(STAMP) ## the quick tests only
-	$(PYTEST) -n $(WORKERS) $(QUICK)
+	$(PYTEST) -n $(WORKERS) $(QUICK) -m 'not slow'
 
 # Under test: real processes, real TLS, kill -9.
 test-system: $(STAMP) ## the network deployment: gateway under attack, a centre with three sites

@@ -93,6 +93,7 @@ def rounds(run_dir: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if key not in ("seconds", "waited")} for line in lines]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_to_the_same_end(centre: Any, tmp_path: Path) -> None:
     centre.changes = {"federation": {"num_rounds": 2, "strategy": "fedadam"}}
     centre.sites = ("a", "b")
