@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from icmoe.modeling.decoder import FrozenDecoder
-from icmoe.modeling.layers import ConvNormAct, LearnedVectors, resize
+from icmoe.modeling.layers import ConvNormAct, LearnedVectors, apply_dilated, resize
 
 MIN_WIDTH = 16
 """Channels of the finest stem level."""
@@ -220,7 +220,10 @@ class AdaptiveExpert(nn.Module):
         weights_BM = self.mix(image_embeddings.mean(dim=(2, 3))).softmax(dim=1)
         narrow = self.squeeze(x)
         mixture = torch.stack(
-            [branch(narrow) * weights_BM[:, m].reshape(-1, 1, 1, 1) for m, branch in enumerate(self.branches)]
+            [
+                apply_dilated(branch, narrow) * weights_BM[:, m].reshape(-1, 1, 1, 1)
+                for m, branch in enumerate(self.branches)
+            ]
         ).sum(dim=0)
         x = x + self.expand(mixture)
         for block, level in zip(self.ascend, reversed(levels[:-1]), strict=True):

@@ -39,6 +39,22 @@ class ConvNormAct(nn.Module):
         return F.relu(self.norm(self.conv(x)))
 
 
+def apply_dilated(conv: nn.Module, x: Tensor) -> Tensor:
+    """Apply a dilated convolution, in float32 where bfloat16 would spoil its gradient.
+
+    On a CPU, torch 2.15 gives NaN for the weight gradient of a dilated bfloat16 convolution on channels-last tensors
+    whose channels are no multiple of 16, from 20 up (``model.width`` 48, 80, ...).
+
+    Args:
+        conv: a dilated ``nn.Conv2d``.
+        x: (B, C, H, W).
+    """
+    if x.device.type != "cpu" or x.shape[1] % 16 == 0:
+        return conv(x)  # type: ignore[no-any-return]
+    with torch.autocast("cpu", enabled=False):
+        return conv(x.float())  # type: ignore[no-any-return]
+
+
 class LearnedVectors(nn.Module):
     """``num`` learned vectors, one row of an embedding each, handed out once per image.
 

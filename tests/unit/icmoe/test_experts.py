@@ -121,3 +121,25 @@ def test_adaptive_sees_a_line_that_the_embedding_lost() -> None:
     plain = expert(x, detail)
     detail[..., 10] = 1.0
     assert not torch.allclose(expert(x, detail), plain, atol=1e-3)
+
+
+@pytest.mark.parametrize("width", [16, 32, 48, 80])
+def test_gradients_under_bf16_are_those_of_fp32_at_every_width(width: int) -> None:
+    """Torch gives NaN for dilated bfloat16 convolutions of some widths; every width that a config allows must train."""
+    torch.manual_seed(0)
+    expert = AdaptiveExpert(
+        embed_dim=16, num_classes=2, width=width, embedding_size=8, grid_size=16, detail_size=32
+    ).to(memory_format=torch.channels_last)
+    embeddings = torch.randn(2, 16, 8, 8).to(memory_format=torch.channels_last)
+    detail = torch.rand(2, 3, 32, 32).to(memory_format=torch.channels_last)
+    gradients = []
+    for enabled in (False, True):
+        expert.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            logits = expert(embeddings, detail)
+        logits.float().square().mean().backward()
+        found = [parameter.grad for parameter in expert.parameters()]
+        gradients.append(torch.cat([gradient.flatten() for gradient in found if gradient is not None]))
+    exact, rounded = gradients
+    assert torch.isfinite(rounded).all()
+    assert (rounded - exact).norm() < 0.1 * exact.norm()
