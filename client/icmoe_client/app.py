@@ -31,10 +31,10 @@ def make_client_app(
     Args:
         resolve_site: tells from Flower's context which site this process is; opens its manifest.
         admit: raises ``PolicyError`` for a run that this site does not allow; called before ``resolve_site``.
-        simulated: lets ``simulation.dropout`` fail rounds.
+        simulated: lets ``simulation.dropout`` fail rounds, and sites say their name.
 
     Returns:
-        An app that answers ``query`` (who are you), ``train`` and ``evaluate``.
+        An app that answers ``train`` and ``evaluate``, and in a simulation ``query`` (who are you).
     """
     app = ClientApp()
 
@@ -57,9 +57,11 @@ def make_client_app(
             logger.exception("internal error")
             return _refusal(message, f"internal error ({type(error).__name__}); the site's log has the details")
 
-    @app.query()
-    def query(message: Message, context: Context) -> Message:
-        return reply(message, pack_site_name(resolve_site(context).name))
+    if simulated:
+        # A real centre knows its sites by their keys, and what a query answers would not pass the guard.
+        @app.query()
+        def query(message: Message, context: Context) -> Message:
+            return reply(message, pack_site_name(resolve_site(context).name))
 
     app.train()(work)
     app.evaluate()(work)

@@ -25,6 +25,7 @@ from icmoe_client.site_file import SiteConfig, load_site
 from icmoe_client.warm_start import serve
 
 SITE_VARIABLE = "ICMOE_SITE_FILE"
+logger = logging.getLogger(__name__)
 _GUARD = """\
 #!{python}
 from pathlib import Path
@@ -95,9 +96,14 @@ def _make_app(config: SiteConfig, until_the_end: ExitStack) -> ClientApp:
     The centre may have lost its ServerApp and asked again while the answer to the first message is still being made;
     two at once would not fit into the memory of a GPU. Flower's heartbeat of this message goes on meanwhile.
     """
-    lock = config.state_dir / "at_work.lock"
-    until_the_end.enter_context(hold(lock, otherwise="another message is at work", patience=math.inf))
-    from icmoe_client.app import make_client_app
+    try:
+        lock = config.state_dir / "at_work.lock"
+        until_the_end.enter_context(hold(lock, otherwise="another message is at work", patience=math.inf))
+        from icmoe_client.app import make_client_app
+    except Exception as error:
+        logger.exception("the app cannot be loaded")
+        # Flower sends the text of an exception to the centre; this one may hold a path.
+        raise RuntimeError(f"internal error ({type(error).__name__}); the site's log has the details") from None
 
     def resolve(context: Context) -> Site:
         return open_site(config)
@@ -112,6 +118,7 @@ def open_site(config: SiteConfig) -> Site:
         DataError: if they were not, or changed since.
         PolicyError: if too few are usable.
     """
+    from icmoe.data.check_files import source_digests
     from icmoe.data.check_opening import sample_name
     from icmoe.data.checked import require_checked
     from icmoe.data.manifest import load_manifest
@@ -133,7 +140,7 @@ def open_site(config: SiteConfig) -> Site:
         max_physical_batch_size=config.max_physical_batch_size,
         num_threads=config.num_threads,
         num_left_out=sum(sample.split == "train" for sample in set(manifest.samples) - set(usable)),
-        image_digests=checked.digests,
+        source_digests=source_digests(usable, checked.files, root=manifest.root),
         num_examples=config.num_examples,
         policy=config.policy,
         ledger=config.ledger_path,

@@ -244,6 +244,9 @@ def _withhold(numbers: Mapping[str, float], rules: EgressRules) -> dict[str, flo
         for name in METRICS
         if name in numbers and (name == "num_examples" or _may_leave(name, numbers, rules))
     }
+    if rules.metric_noise:
+        # A distance has no scale to blur it by.
+        leaving.pop("hd95", None)
     if not {"used", "skipped"} <= set(leaving):
         # found = used + skipped: of three numbers two give away the third.
         leaving.pop("found", None)

@@ -148,19 +148,23 @@ class EgressLog:
         newest = known if known is not None and known.number > countersignature.number else countersignature
         self._refuse_unless_held(newest.sha256)
 
-    def last_epsilon(self) -> Epsilon | None:
-        """What the newest receipt with an epsilon says was spent; ``None`` if none has one.
+    def highest_epsilons(self) -> tuple[Epsilon, ...]:
+        """The most that receipts say was spent, for each delta that was ever used.
 
         Raises:
-            PrivacyError: if that line is damaged.
+            PrivacyError: if a line is damaged.
         """
-        known = [content for content in self._file.lines()[:-1] if _HAS_EPSILON in content]
-        line = parse_line(known[-1]) if known else None
-        if line is None and not known:
-            return None
-        if not isinstance(line, Receipt) or not line.is_genuine():
-            raise PrivacyError("a line of this site's egress log is damaged; 'icmoe-fl audit verify' tells which")
-        return line.epsilon
+        highest: dict[float, Epsilon] = {}
+        for content in self._file.lines()[:-1]:
+            if _HAS_EPSILON not in content:
+                continue
+            line = parse_line(content)
+            if not isinstance(line, Receipt) or line.epsilon is None or not line.is_genuine():
+                raise PrivacyError("a line of this site's egress log is damaged; 'icmoe-fl audit verify' tells which")
+            epsilon = line.epsilon
+            if epsilon.delta not in highest or epsilon.value > highest[epsilon.delta].value:
+                highest[epsilon.delta] = epsilon
+        return tuple(highest.values())
 
     def go_on_after_loss(self) -> RestoredLine:
         """Continue behind the line that the centre countersigned last, after an operator confirmed the loss.

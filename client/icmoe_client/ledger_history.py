@@ -1,6 +1,6 @@
 """What the lines of a privacy ledger say about units: which is which, and what each has spent.
 
-The rule of overlap. A unit (patient or image) is a set of tokens: the keyed hash of the patient's id, the sha256 of
+The rule of overlap. A unit (patient or image) is a set of tokens: a hash of the patient's id, the sha256 of
 its image files. Two units are the same when they share a token, or a chain of units seen here links them: a patient
 with a new pseudonym is known by the files, one whose files were exported anew by the id. A unit has spent what all
 bookings spent whose data held it. Epsilon of some data is that of its unit that spent most. So one patient more is no

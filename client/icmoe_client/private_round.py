@@ -1,13 +1,13 @@
 """A round under differential privacy: booked before an image is read, trained as booked, nothing else."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
 from icmoe.config import RunConfig
 from icmoe.data.manifest import Sample
-from icmoe.data.sources import image_digest
+from icmoe.data.sources import source_digest
 from icmoe.errors import PolicyError, PrivacyError
 from icmoe.privacy.accounting import Spend, round_of, solve_noise_multiplier
 from icmoe.privacy.config import PrivacyConfig
@@ -36,14 +36,13 @@ class PrivateRound:
     _ledger: Ledger
 
     @classmethod
-    def book(cls, site: Site, run: RunConfig, *, server_round: int, known: Epsilon | None) -> Self:
+    def book(cls, site: Site, run: RunConfig, *, server_round: int) -> Self:
         """Write down the steps of a round before they are taken.
 
         Args:
             site: its training samples; their images are not read where the data check knows their digests.
             run: with a privacy section.
             server_round: from 1.
-            known: what this site's own receipts say was spent up to now.
 
         Raises:
             BudgetExhaustedError: if the site's budget would be passed. Nothing is booked then.
@@ -67,8 +66,8 @@ class PrivateRound:
                 f"{privacy.unit}s of this site to promise anything"
             )
         ledger = open_ledger(site)
-        _refuse_forgetful(ledger, known)
-        booking = ledger.book(
+        booking = _booked_before(ledger, run, server_round) if site.simulated else None
+        booking = booking or ledger.book(
             run=run.digest(),
             server_round=server_round,
             unit=privacy.unit,
@@ -92,6 +91,9 @@ class PrivateRound:
 
     def require_all(self, num_images: int) -> None:
         """Refuse to train when images that were booked cannot be read: the steps would not be those that were booked.
+
+        Args:
+            num_images: training images whose features are there.
 
         Raises:
             PrivacyError: in words that may leave.
@@ -118,18 +120,31 @@ def epsilon_so_far(site: Site, privacy: PrivacyConfig) -> Epsilon:
     return Epsilon(value=value, delta=privacy.target_delta, accountant="rdp", unit=privacy.unit)
 
 
-def _refuse_forgetful(ledger: Ledger, known: Epsilon | None) -> None:
+def refuse_forgetful(site: Site, known: Iterable[Epsilon]) -> None:
     """A ledger that knows of less than was spent is an old backup, or was removed.
+
+    Args:
+        site: whose ledger it is.
+        known: what the site's own receipts say.
 
     Raises:
         PrivacyError: in words that may leave.
     """
-    if known is not None and ledger.highest(delta=known.delta) < known.value * (1 - _ROUNDING):
-        raise PrivacyError(
-            f"this site's receipts say that epsilon {known.value:.3g} was spent, its privacy ledger knows of less, as "
-            "after restoring an old backup. Nothing is trained until an operator at the site has run 'icmoe-fl privacy "
-            "confirm'."
-        )
+    ledger = open_ledger(site)
+    for epsilon in known:
+        if ledger.highest(delta=epsilon.delta) < epsilon.value * (1 - _ROUNDING):
+            raise PrivacyError(
+                f"this site's receipts say that epsilon {epsilon.value:.3g} was spent, its privacy ledger knows of "
+                "less, as after restoring an old backup. Nothing is done until an operator at the site has run "
+                "'icmoe-fl privacy confirm'."
+            )
+
+
+def _booked_before(ledger: Ledger, run: RunConfig, server_round: int) -> Booking | None:
+    """A simulation that repeats a round repeats its noise as well, so that nothing more is spent."""
+    digest = run.digest()
+    entries = (entry for entry in ledger.entries() if (entry.run, entry.server_round) == (digest, server_round))
+    return next((Booking(entry.number, entry.spend, entry.epsilon_after) for entry in entries), None)
 
 
 def planned_spend(run: RunConfig, privacy: PrivacyConfig, *, num_units: int) -> Spend:
@@ -151,28 +166,34 @@ def planned_spend(run: RunConfig, privacy: PrivacyConfig, *, num_units: int) -> 
 
 
 def _units(site: Site, privacy: PrivacyConfig) -> tuple[list[str], list[frozenset[str]]]:
-    """Unit of each training image, and the tokens of that unit, by which the ledger knows it again."""
-    samples = _training(site)
-    digests = _digests(site)
-    names = [
-        sample.patient if privacy.unit == "patient" else digest for sample, digest in zip(samples, digests, strict=True)
-    ]
+    """Unit of each training image, and the tokens of that unit, by which the ledger knows it again.
+
+    How grey is made of stored values is no part of a token: with another window it is the same image.
+    """
+    samples, sources = _training(site), _sources(site)
+    if privacy.unit == "image":
+        places = (f"{sample.axis} {sample.frame} {sample.slice}" if sample.axis else "" for sample in samples)
+        names = [_hash(f"{source} {place}") for source, place in zip(sources, places, strict=True)]
+        return names, [frozenset({name}) for name in names]
+    names = [sample.patient for sample in samples]
     held: dict[str, set[str]] = {}
-    for name, sample, digest in zip(names, samples, digests, strict=True):
-        held.setdefault(name, set()).add(digest)
-        if privacy.unit == "patient":
-            # The manifest beside the ledger has the pseudonym in clear.
-            held[name].add(hashlib.sha256(f"patient {sample.patient}".encode()).hexdigest())
+    for name, source in zip(names, sources, strict=True):
+        # The manifest beside the ledger has the pseudonym in clear, so its hash needs no key.
+        held.setdefault(name, {_hash(f"patient {name}")}).add(source)
     return names, [frozenset(held[name]) for name in names]
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _training(site: Site) -> Sequence[Sample]:
     return [sample for sample in site.samples if sample.split == "train"]
 
 
-def _digests(site: Site) -> list[str]:
-    """Digest of each training image."""
-    if site.image_digests is None:
-        return [image_digest(sample) for sample in _training(site)]
-    pairs = zip(site.samples, site.image_digests, strict=True)
+def _sources(site: Site) -> list[str]:
+    """Digest of the file or series of each training image."""
+    if site.source_digests is None:
+        return [source_digest(sample) for sample in _training(site)]
+    pairs = zip(site.samples, site.source_digests, strict=True)
     return [digest for sample, digest in pairs if sample.split == "train"]

@@ -22,7 +22,8 @@ class Site:
         num_threads: CPU threads; ``None`` leaves torch's default.
         num_left_out: training images of the manifest that are not in ``samples``, because the data check found them
             damaged; counted in every report.
-        image_digests: sha256 of each sample's image, in order, as the data check found them; ``None`` reads the images.
+        source_digests: sha256 of each sample's image file or series, in order, as the data check found them; ``None``
+            reads the files.
         num_examples: weight in the average that the site file fixes; ``None`` is the number of training images.
         policy: what may be asked of it, and what may leave.
         ledger: the privacy ledger; ``None`` is ``ledger.sqlite`` in ``state_dir``.
@@ -39,7 +40,7 @@ class Site:
     max_physical_batch_size: int | None = None
     num_threads: int | None = None
     num_left_out: int = 0
-    image_digests: tuple[str, ...] | None = None
+    source_digests: tuple[str, ...] | None = None
     num_examples: int | None = None
     policy: SitePolicy = field(default_factory=SitePolicy)
     ledger: Path | None = None

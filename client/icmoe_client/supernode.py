@@ -31,6 +31,8 @@ SAY_EVERY = 60.0
 
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _REFUSED = re.compile(r"\[code: 200\d\]|Failed to activate SuperNode|Failed to register")
+_RECEIVING = re.compile(r"Receiving: ")
+_ANSWERED = re.compile(r"Sent successfully|Failed to (send|receive) message|Ignoring (reply )?message")
 _NO_ANSWER = re.compile(r"Connection attempt failed")
 
 
@@ -56,6 +58,7 @@ class SuperNode:
         self._admission = Admission(site)
         self._in_doubt = False
         self._connected = False
+        self._answering = False
         self._told = ""
         self._quiet_until = 0.0
         self._log = site.state_dir / "logs" / "supernode.log"
@@ -113,7 +116,7 @@ class SuperNode:
             site=self._site.name,
             port=_free_port(),
         )
-        self._connected = False
+        self._connected = self._answering = False
         return Child("supernode", command, environment=self._environment, log=self._log, on_line=self._on_line)
 
     def _watch(self, child: Child) -> bool:
@@ -123,7 +126,7 @@ class SuperNode:
             while child.exit_code is None:
                 if self._connected and warm is None:
                     warm = self._start_warm()
-                if self._ending or (not self._may_train() and not _is_working(child.pid)):
+                if self._ending or (not self._may_train() and not self._is_busy(child)):
                     child.end()
                 elif self._in_doubt:
                     self._in_doubt = self._is_hindered()
@@ -141,9 +144,17 @@ class SuperNode:
         if _NO_ANSWER.search(text):
             # The centre's, or for a moment at start and end that of a Flower process here: the words are the same.
             self._in_doubt = True
+        elif _RECEIVING.search(text):
+            self._answering = True
+        elif _ANSWERED.search(text):
+            self._answering = False
         elif "SuperNode ID" in text or "Connected to" in text:
             self._connected = True
             self._say(f"{self._site.name} is connected to {self._site.server}. Its log is {self._log}.")
+
+    def _is_busy(self, child: Child) -> bool:
+        """Whether a message is at work, or its reply is still on its way up."""
+        return self._answering or _is_working(child.pid)
 
     def _refusal(self, child: Child) -> AuthError | None:
         if not _REFUSED.search("\n".join(child.last_lines)):

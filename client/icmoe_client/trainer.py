@@ -21,7 +21,7 @@ from icmoe.types import Array, Arrays, Split
 from icmoe_client.egress import EgressRules, release
 from icmoe_client.egress_log import LOG as EGRESS_LOG
 from icmoe_client.egress_log import EgressLog
-from icmoe_client.private_round import PrivateRound, epsilon_so_far
+from icmoe_client.private_round import PrivateRound, epsilon_so_far, refuse_forgetful
 from icmoe_client.site import Site
 from icmoe_client.workbench import Workbench
 
@@ -76,15 +76,18 @@ def carry_out(site: Site, instruction: Instruction, arrays: Arrays) -> Outgoing:
     log = open_egress_log(site)
     if log is not None and instruction.countersigned:
         log.acknowledge(Countersignature.from_json(instruction.countersigned))
-    # Before an image is read: a round that passes the budget must not touch the data.
+    if log is not None and run.privacy is not None:
+        refuse_forgetful(site, log.highest_epsilons())
     train = instruction.job == "train"
-    private = None
-    if train and run.privacy is not None:
-        known = log.last_epsilon() if log is not None else None
-        private = PrivateRound.book(site, run, server_round=instruction.server_round, known=known)
+    if train and not 1 <= instruction.server_round <= run.federation.num_rounds:
+        raise ExchangeError(
+            f"the centre asks to train in round {instruction.server_round}; this run has {run.federation.num_rounds}"
+        )
     bench = Workbench.prepare(site, run)
     before = bench.backbone.digest()
     _load_weights(bench, instruction, arrays)
+    # After all that may fail without the data, and before an image is read: a round beyond the budget touches none.
+    private = PrivateRound.book(site, run, server_round=instruction.server_round) if train and run.privacy else None
     if train:
         done = _train(bench, instruction.server_round, private)
     else:
@@ -111,14 +114,15 @@ def _send(bench: Workbench, job: Job, report: SiteReport, done: _Done, log: Egre
     released, update = release(report, done.update, rules=rules)
     receipt = ""
     if log is not None:
-        train = bench.select("train")
+        used = int(released.numbers["used"]) if "used" in released.numbers else None
+        patients = rules.count(len({sample.patient for sample in bench.select("train")})) if job == "train" else None
         receipt = log.append(
             released,
             update,
             run=released.config_digest,
             job=job,
-            patients=rules.count(len({sample.patient for sample in train})),
-            images=rules.count(len(train)),
+            patients=patients,
+            images=used,
             epsilon=_epsilon(bench, done.private),
         ).to_json()
     if done.private is not None:
@@ -192,7 +196,7 @@ def _train(bench: Workbench, server_round: int, private: PrivateRound | None) ->
             max_physical_batch_size=site.max_physical_batch_size,
         )
     else:
-        private.require_all(len(data))
+        private.require_all(encoded.used)
         result = train_private(
             bench.model,
             bench.backbone.decoder,

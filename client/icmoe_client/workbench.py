@@ -101,12 +101,13 @@ class Workbench:
 
     def latest_local_file(self, server_round: int) -> Path | None:
         """The newest local tensors up to a round; a site that missed rounds goes on from its last one."""
-        files = sorted(self.site.state_dir.glob("local_round_*.safetensors"), key=_round_of)
+        files = sorted(self.local_file(0).parent.glob("round_*.safetensors"), key=_round_of)
         return next((file for file in reversed(files) if _round_of(file) <= server_round), None)
 
     def local_file(self, server_round: int) -> Path:
         """Where the tensors that never leave are kept, as they were after a round."""
-        return self.site.state_dir / f"local_round_{server_round:03d}.safetensors"
+        # One folder a run: another run's tensors are of another model, or of a run without differential privacy.
+        return self.site.state_dir / "local" / self.run.digest()[:16] / f"round_{server_round:03d}.safetensors"
 
 
 def _round_of(file: Path) -> int:

@@ -125,10 +125,14 @@ def confirm(
     ledger = Ledger(site.ledger_path)
     if not yes:
         typer.confirm(f"State for ever that {name} has spent epsilon {epsilon:g}?", abort=True)
+    log = EgressLog(site.state_dir / LOG, key=site.receipt_key, site=site.name)
+    signed = log.countersigned()
+    if signed is not None and signed.epsilon is not None and epsilon < signed.epsilon * (1 - 1e-6):
+        raise ConfigError(f"the centre has countersigned epsilon {signed.epsilon:.6g} for {name}; less was not spent.")
     ledger.confirm(epsilon=epsilon, delta=site.policy.target_delta, reason=reason)
     # Nothing is lost from the log where only the ledger was restored.
     with suppress(ConfigError):
-        EgressLog(site.state_dir / LOG, key=site.receipt_key, site=site.name).go_on_after_loss()
+        log.go_on_after_loss()
     typer.echo(f"Confirmed: {name} has spent epsilon {epsilon:g} at delta {site.policy.target_delta:g}.")
 
 

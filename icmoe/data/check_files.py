@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from icmoe.data import dicom
+from icmoe.data.dicom_files import series_digest
 from icmoe.data.manifest import Sample
 from icmoe.errors import DataError
 
@@ -61,6 +62,23 @@ def states_of(samples: Iterable[Sample], states: Iterable[FileState], *, root: P
     # An image may be the folder of a series.
     kept = {state.name: state for state in states if wanted & {root / state.name, *(root / state.name).parents}}
     return tuple(kept[name] for name in sorted(kept))
+
+
+def source_digests(samples: Sequence[Sample], states: Iterable[FileState], *, root: Path) -> tuple[str, ...]:
+    """Digest of each sample's image file, or of all files of its series, without reading any of them.
+
+    Args:
+        samples: usable ones.
+        states: as the check recorded them.
+        root: the data folder.
+    """
+    below: dict[Path, list[str]] = {}
+    for state in states:
+        path = root / state.name
+        for place in (path, *path.parents):
+            below.setdefault(place, []).append(state.sha256)
+    found = (below[sample.image] for sample in samples)
+    return tuple(series_digest(digests) if len(digests) > 1 else digests[0] for digests in found)
 
 
 def count_changed(states: Iterable[FileState], *, root: Path) -> int:

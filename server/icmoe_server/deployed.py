@@ -66,8 +66,7 @@ def logged(path: Path) -> Iterator[None]:
         handler.close()
 
 
-def _plan(centre: Centre) -> Plan:
-    run_dir = Path(os.environ[RUN_VARIABLE])
+def _plan(centre: Centre, run_dir: Path) -> Plan:
     run = load_run_config(run_dir / "config.yaml")
     book = ReceiptBook(run_dir, key=centre.pki / RECEIPT_KEY, heads=centre.receipt_heads)
     return Plan(
@@ -87,7 +86,7 @@ def main(grid: Grid, context: Context) -> None:
     """Go on with the run of this process, once no other process does."""
     centre = Centre.load(Path(os.environ[CENTRE_VARIABLE]))
     with logged(centre.logs / SERVER_APP_LOG):
-        plan = _plan(centre)
-        busy = f"another ServerApp works on {plan.run_dir.name} still"
-        with hold(server_app_lock(plan.run_dir), otherwise=busy, patience=PREDECESSOR_PATIENCE):
-            run_federation(plan, grid)
+        run_dir = Path(os.environ[RUN_VARIABLE])
+        busy = f"another ServerApp works on {run_dir.name} still"
+        with hold(server_app_lock(run_dir), otherwise=busy, patience=PREDECESSOR_PATIENCE):
+            run_federation(_plan(centre, run_dir), grid)

@@ -139,7 +139,7 @@ class ReceiptBook:
             return
         try:
             write_lines(round_folder(self._run_dir, server_round) / RECEIPTS, _merge(self._kept(server_round)))
-            waiting.unlink()
+            waiting.unlink(missing_ok=True)
         except OSError as error:
             raise RunError(f"cannot write the receipts of round {server_round}: {error.strerror}.") from error
 

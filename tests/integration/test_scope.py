@@ -43,6 +43,11 @@ def ask(site: Site, run: RunConfig, arrays: dict[str, Array], server_round: int,
     return outgoing.report, outgoing.arrays
 
 
+def local_file(site: Site, server_round: str) -> Path:
+    (found,) = site.state_dir.glob(f"local/*/round_{server_round}.safetensors")
+    return found
+
+
 def initial(site: Site, run: RunConfig) -> tuple[dict[str, Array], dict[str, Array]]:
     """Global and local tensors at the start."""
     bench = Workbench.prepare(site, run)
@@ -82,14 +87,14 @@ def test_local_tensors_stay_and_come_back(
     report, update = ask(site, run, arrays, 1)
     assert update is not None
     assert set(update) == set(arrays)
-    kept = load_file(site.state_dir / "local_round_001.safetensors")
+    kept = load_file(local_file(site, "001"))
     assert set(kept) == set(local)
     assert not same(kept, local), "the local tensors did not learn"
     assert same(started_with[0], local)
 
     ask(site, run, update, 2)
     assert same(started_with[1], {**update, **kept})
-    assert (site.state_dir / "local_round_002.safetensors").exists()
+    assert local_file(site, "002").exists()
     assert report.numbers["trainable_params"] == sum(array.size for array in (*arrays.values(), *local.values()))
 
 
@@ -99,7 +104,7 @@ def test_a_site_that_missed_rounds_keeps_its_local_tensors(
     run = configured("federation.scope.norm=local", "federation.num_rounds=5")
     arrays, _ = initial(site, run)
     ask(site, run, arrays, 1)
-    kept = load_file(site.state_dir / "local_round_001.safetensors")
+    kept = load_file(local_file(site, "001"))
     ask(site, run, arrays, 4)
     assert same(started_with[1], kept)
 

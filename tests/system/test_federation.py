@@ -27,7 +27,8 @@ federation: {num_rounds: 3, sites: [lab_a_256, lab_b_360, lab_c_696]}
 def write_nuclei(source: Path, folder: Path) -> None:
     """A few real images of each laboratory: one manifest for all, and one for each."""
     columns = ("image", "mask", "patient", "split", "site")
-    rows = list(csv.DictReader((source / "manifest.csv").open()))
+    with (source / "manifest.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
     taken: Counter[tuple[str, str]] = Counter()
     for lab in LABS:
         shutil.copytree(source / lab, folder / lab)

@@ -82,8 +82,13 @@ def report(instruction: Instruction) -> SiteReport:
 
 
 def test_says_its_name() -> None:
-    answer = send(Message(RecordDict(), dst_node_id=5, message_type=MessageType.QUERY))
-    assert unpack_site_name(answer.content) == "oslo"
+    asked = Message(RecordDict(), dst_node_id=5, message_type=MessageType.QUERY)
+    assert unpack_site_name(send(asked, simulated=True).content) == "oslo"
+
+
+def test_says_nothing_on_a_query_of_a_real_centre() -> None:
+    with pytest.raises(ValueError, match="query"):
+        send(Message(RecordDict(), dst_node_id=5, message_type=MessageType.QUERY))
 
 
 def test_training_gives_report_and_tensors(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,9 +80,12 @@ def closing_port() -> Iterator[int]:
         def serve() -> None:
             while True:
                 try:
-                    listener.accept()[0].close()
+                    connection = listener.accept()[0]
                 except OSError:
                     return
+                with connection:
+                    # Closed with bytes unread it would be a reset, which Flower knows to try again.
+                    connection.recv(65536)
 
         thread = threading.Thread(target=serve)
         thread.start()

@@ -12,6 +12,7 @@ from icmoe.commands.privacy import privacy_app
 from icmoe.errors import ConfigError, PrivacyError
 from icmoe.privacy.accounting import Spend, affordable_steps, epsilon
 from icmoe_client.ledger import Ledger
+from icmoe_client.site_keys import make_receipt_key
 
 ROUND = Spend(4.0, 4 / 13, 8)
 PATIENTS = {f"p{n}": frozenset({f"id{n}"}) for n in range(13)}
@@ -31,6 +32,7 @@ def site_file(tmp_path: Path) -> Path:
         "receipt_key": "receipt.key", "data": "data", "state_dir": "state", "policy": {"max_epsilon": 3.0},
     }  # fmt: skip
     path.write_text(yaml.safe_dump(site))
+    make_receipt_key(tmp_path / "receipt.key")
     return path
 
 
