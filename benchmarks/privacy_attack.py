@@ -74,7 +74,7 @@ def main(
         "runs/privacy_attack"
     ),
     levels: Annotated[str, typer.Option(help="Epsilons, separated by commas.")] = "none,8,3,1",
-    epochs: Annotated[int, typer.Option(help="Of a model under the membership attack.")] = 30,
+    epochs: Annotated[int, typer.Option(help="Of a model under the membership attack.")] = 20,
     round_epochs: Annotated[int, typer.Option(help="Of the round that canaries are in.")] = 2,
     audits: Annotated[int, typer.Option(help="Rounds with canaries, for each epsilon.")] = 10,
     doc: Annotated[Path, typer.Option(help="Document to write into.", show_default="docs/privacy_table.md")] = DOC,

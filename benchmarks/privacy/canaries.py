@@ -1,7 +1,7 @@
 """Canaries: what one round's update tells about the images behind it, and the epsilon that proves.
 
 Half of the canaries, each by the toss of a coin, are trained on. Whoever sees the update (the centre does) then asks
-for each whether the weights moved along its gradient. A canary is a real image with a mask of random blocks: its
+for each how much of the weights' move its gradient explains. A canary is a real image with a mask of random blocks: its
 gradient is large and its own.
 
 The guesses prove a lower bound of epsilon (Steinke, Nasr and Jagielski, "Privacy auditing with one (1) training run",
@@ -27,6 +27,8 @@ from privacy.membership import Members
 
 BLOCKS = 8
 """Blocks a side of a canary's mask."""
+RIDGE = 0.1
+"""Of the mean squared length of the gradients."""
 
 
 @dataclass(frozen=True)
@@ -56,18 +58,16 @@ def audit_round(
     """Train one round on the regular images and a random half of the canaries; score every canary.
 
     Returns:
-        Inner product of the update with each canary's gradient before training, and which canaries were in.
+        How much of the update each canary's gradient before training explains, and which canaries were in.
     """
     included = np.random.default_rng([seed, 1]).random(len(canaries)) < 0.5
     model = fresh_model(bench, seed)
-    gradients = torch.stack([_direction(bench, model, canary) for canary in canaries])
-    before = _flat(model.parameters())
+    gradients = torch.stack([_direction(bench, model, canary) for canary in canaries]).cpu()
+    before = _flat(model.parameters()).cpu()
     chosen = [canary for canary, held in zip(canaries, included, strict=True) if held]
     train(bench, model, Images([*regular, *chosen]), spend=spend, seed=(seed,))
-    update = before - _flat(model.parameters())
-    # Without what all canaries share, which tells nothing of any of them.
-    scores = (gradients - gradients.mean(dim=0)) @ update
-    return scores.double().cpu().numpy(), included
+    update = before - _flat(model.parameters()).cpu()
+    return _explained(gradients.double(), update.double()).numpy(), included
 
 
 def guess(scores: Floats, included: Members) -> tuple[int, int]:
@@ -94,6 +94,18 @@ def epsilon_at_least(
         return 0.0
     low = float(beta.ppf(failure, num_right, num_guesses - num_right + 1))
     return max(0.0, math.log(low / (1 - low)))
+
+
+def _explained(gradients: Tensor, update: Tensor) -> Tensor:
+    """Coefficients (m,) with which gradients (m, P) give the update (P,): a ridge regression.
+
+    Inner products alone say little: canaries share most of their gradients, and what they share moves with every image.
+    """
+    own = gradients - gradients.mean(dim=0)
+    products = own @ own.T
+    return torch.linalg.solve(
+        products + RIDGE * products.diagonal().mean() * torch.eye(len(own), dtype=own.dtype), own @ update
+    )
 
 
 def _direction(bench: Workbench, model: IcMoe, canary: Canary) -> Tensor:
