@@ -103,9 +103,9 @@ def _explained(gradients: Tensor, update: Tensor) -> Tensor:
     """
     own = gradients - gradients.mean(dim=0)
     products = own @ own.T
-    return torch.linalg.solve(
-        products + RIDGE * products.diagonal().mean() * torch.eye(len(own), dtype=own.dtype), own @ update
-    )
+    ridge = RIDGE * products.diagonal().mean() * torch.eye(len(own), dtype=own.dtype)
+    coefficients: Tensor = torch.linalg.solve(products + ridge, own @ update)
+    return coefficients
 
 
 def _direction(bench: Workbench, model: IcMoe, canary: Canary) -> Tensor:

@@ -187,6 +187,10 @@ def _explained(path: Path, verb: str) -> Iterator[None]:
             raise _damaged("its file is broken") from error
         why = next((text for start, text in _REASONS.items() if name.startswith(start)), "the disk reports an error")
         raise _unusable(verb, why) from error
+    except UnicodeDecodeError as error:
+        # Of sqlite's own messages: they quote the file.
+        logger.error("ledger %s: %s", path, error)
+        raise _damaged("its file is broken") from error
     except OSError as error:
         logger.error("ledger %s: %s", path, error)
         raise _unusable(verb, error.strerror or "the system reports an error") from error
