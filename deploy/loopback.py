@@ -20,6 +20,7 @@ ROOT = Path("runs/loopback")
 CONFIG = Path("configs/run/demo.yaml")
 COMMAND = str(Path(sys.executable).with_name("icmoe-fl"))
 NAME = "demo"
+NUM_SITES = 3
 
 
 def main() -> None:
@@ -41,6 +42,7 @@ def main() -> None:
         centre_process = start(ends, "centre", *server)
         for site in sites:
             start(ends, site, "client", "--site", site, "--config", folder / f"{site}.yaml")
+        wait_until_up(centre, centre_process)
         run("server", "watch", "--dir", centre)
         # It writes the report after the last round.
         while centre_process.wait(1.0) is None:
@@ -81,12 +83,22 @@ def run(*arguments: object) -> None:
         sys.exit(code)
 
 
+def wait_until_up(centre: Path, process: Child) -> None:
+    """The centre first makes its model and its processes; its failure ends this."""
+    asked = [COMMAND, "server", "status", "--dir", str(centre)]
+    while subprocess.run(asked, check=False, capture_output=True).returncode:
+        if process.wait(1.0) is not None:
+            sys.exit("\n".join(process.last_lines))
+
+
 def start(ends: ExitStack, name: str, *arguments: object) -> Child:
     """Start a command that stays; it ends with this process."""
     command = [COMMAND, *map(str, arguments)]
     log = ROOT / "logs" / f"{name}.log"
     print(f"$ icmoe-fl {shlex.join(command[1:])}   (log: {log})", flush=True)
-    child = Child(name, command, environment=os.environ, log=log)
+    # Three sites that each take all processors only get in each other's way.
+    threads = str(max(1, len(os.sched_getaffinity(0)) // NUM_SITES))
+    child = Child(name, command, environment={"OMP_NUM_THREADS": threads, **os.environ}, log=log)
     ends.callback(child.end)
     return child
 
