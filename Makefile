@@ -68,7 +68,7 @@ $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install -c '$(ENV)/constraints.txt' -e '.[dev,demo,export]'
 	@echo '$(CURDIR)' > $@
 
-.PHONY: help install demo loopback test lint types imports pytest unit test-system format bench ablation proto wheelhouse sbom clean
+.PHONY: help install demo loopback test lint types imports pytest unit test-system format bench ablation privacy-table privacy-attack proto wheelhouse sbom clean
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' Makefile | expand -t 18
@@ -120,6 +120,12 @@ bench: $(STAMP) ## measure what docs/performance.md reports
 
 ablation: $(STAMP) ## measure the ablation table of docs/methods/icmoe.md; may be stopped and continued
 	$(BIN)/python benchmarks/ablation.py
+
+privacy-table: $(STAMP) ## measure Dice under privacy for docs/privacy_table.md (a night); may be stopped and continued
+	$(BIN)/python benchmarks/privacy_table.py
+
+privacy-attack: $(STAMP) ## attack models with and without privacy for docs/privacy_table.md; may be stopped and continued
+	$(BIN)/python benchmarks/privacy_attack.py
 
 proto: ## make the operator service's Python from operator.proto, in an environment of its own
 	test -x build/proto/bin/python || $(or $(PYTHON),python3.11) -m venv build/proto

@@ -17,6 +17,8 @@ Members = npt.NDArray[np.bool_]
 def split_members(num_models: int, num_images: int, seed: int) -> Members:
     """Who trains on what, (models, images): every model has half of the images, every image half of the models.
 
+    Models 0 and 1, 2 and 3, ... have opposite halves.
+
     Raises:
         ValueError: if either number is odd.
     """
@@ -43,13 +45,15 @@ def threshold_aucs(losses: Floats, members: Members) -> Floats:
 def lira_aucs(losses: Floats, members: Members) -> Floats:
     """AUC of LiRA against each model, the others being its shadow models.
 
-    One variance for all images, because each has few shadow models (the paper's advice).
+    One variance for all images, because each has few shadow models (the paper's advice). The target's counterpart,
+    which had the other half of the images, sits out with it: each image is then in as many shadow models as not,
+    whoever is the target. Else the counts alone would tell.
     """
     confidence = -np.log(np.expm1(np.clip(losses, 1e-6, 50.0)))
     found = []
     for target in range(len(losses)):
-        others = np.delete(confidence, target, axis=0)
-        held = np.delete(members, target, axis=0)
+        pair = (target, target ^ 1)
+        others, held = np.delete(confidence, pair, axis=0), np.delete(members, pair, axis=0)
         inside, outside = _mean(others, held), _mean(others, ~held)
         variance = _spread(others, held, inside, outside)
         ratio = (confidence[target] - outside) ** 2 - (confidence[target] - inside) ** 2
