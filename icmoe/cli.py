@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -101,6 +102,8 @@ def simulate(
         verbose=verbose,
         replaces=folder if overwrite else None,
     )
+    # At once, and not as an exception: Ray's own way out races with Flower's threads, and may end this process first.
+    signal.signal(signal.SIGINT, _stop)
     with ConsoleWatcher(console) as watcher:
         results = simulate_seeds(request, _seed_list(seeds), watcher) if seeds else run_simulation(request, watcher)
     print_results(Console(), results)
@@ -169,15 +172,20 @@ def main() -> None:
         console.print(f"RunError: {error}. Free some space or choose another folder.", markup=False, soft_wrap=True)
         _leave(RunError.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        console.print(
-            "\nStopped. Finished rounds are kept: go on with --resume in place of --overwrite, if that was given."
-        )
-        _leave(EXIT_INTERRUPTED)
+        _stop()
     except Exception:
         # Not an error of our tree, so a fault of ours: say so, and do not wait for Flower's threads.
         console.print_exception()
         console.print("This is a fault in icmoe-fl: please report it with the lines above.")
         _leave(EXIT_FAULT)
+
+
+def _stop(*_: object) -> None:
+    """End on Ctrl-C."""
+    console.print(
+        "\nStopped. Finished rounds are kept: go on with --resume in place of --overwrite, if that was given."
+    )
+    _leave(EXIT_INTERRUPTED)
 
 
 def _leave(exit_code: int) -> None:

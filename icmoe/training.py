@@ -258,7 +258,8 @@ def load_arrays(model: IcMoe, arrays: Mapping[str, np.ndarray]) -> None:
             if name not in parameters or parameters[name].shape != array.shape:
                 has = tuple(parameters[name].shape) if name in parameters else "no such tensor"
                 raise ExchangeError(f"tensor {name} has shape {array.shape}; the model of this run config has {has}")
-            parameters[name].copy_(torch.from_numpy(np.asarray(array, dtype=np.float32)))
+            # A copy: torch warns of arrays that may not be written, as released updates are.
+            parameters[name].copy_(torch.from_numpy(np.array(array, dtype=np.float32)))
 
 
 def dump_arrays(model: IcMoe) -> dict[str, np.ndarray]:
