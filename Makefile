@@ -104,8 +104,8 @@ pytest: $(STAMP) ## all tests; those on real images need ICMOE_TEST_DATA
 	$(PYTEST) -n $(WORKERS) $(QUICK) -m slow
 	$(PYTEST) tests/integration
 
-unit: $(STAMP) ## the quick tests only
-	$(PYTEST) -n $(WORKERS) $(QUICK) -m 'not slow'
+unit: $(STAMP) ## the unit tests only, within a minute
+	$(PYTEST) -n $(WORKERS) tests/unit -m 'not slow'
 
 # Under test: real processes, real TLS, kill -9.
 test-system: $(STAMP) ## the network deployment: gateway under attack, a centre with three sites
