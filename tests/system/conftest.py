@@ -167,9 +167,15 @@ class Federation:
         self.run("server", "init", "--dir", self.centre, "--advertise", address, "--bind", address)
         settings = self.centre / "centre.yaml"
         settings.write_text(settings.read_text().replace("superlink_port: 9620", f"superlink_port: {free_port()}"))
+        data = self.root / "data"
+        checks = [
+            self.start(f"check-{site}", "data", "check", data / site, "--config", self.config, "--accept")
+            for site in self.sites
+        ]
         for site in self.sites:
             self.enrol(site)
-            self.run("data", "check", self.root / "data" / site, "--config", self.config, "--accept")
+        for check in checks:
+            assert check.process.wait(300) == 0, check.output
 
     def enrol(self, site: str) -> None:
         """A hospital makes its keys, the centre takes them."""
