@@ -299,6 +299,7 @@ def test_ledger_of_whole_programs_killed_three_times_is_never_too_low(path: Path
     assert Ledger(path).epsilon({"p": frozenset({"id"})}, delta=DELTA) == pytest.approx(after(trained + 1))
 
 
+@pytest.mark.slow
 def test_ledger_killed_while_it_books_holds_the_booking_whole_or_not_at_all(path: Path) -> None:
     after(1)
     Ledger(path)
@@ -318,6 +319,7 @@ def test_ledger_killed_while_it_books_holds_the_booking_whole_or_not_at_all(path
     assert entries
 
 
+@pytest.mark.slow
 def test_ledger_of_processes_that_book_at_once_stays_within_the_budget(path: Path) -> None:
     limit = (after(20) + after(21)) / 2
 

@@ -76,11 +76,13 @@ def test_golden_epsilon_of_a_plain_gaussian_matches_its_closed_form() -> None:
     assert epsilon(spends, delta=DELTA) == pytest.approx(exact, rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("spends", "delta"), random_settings(20))
 def test_golden_epsilon_matches_the_formula_of_the_paper(spends: list[Spend], delta: float) -> None:
     assert epsilon(spends, delta=delta) == pytest.approx(exact_epsilon(spends, delta), rel=0.01)
 
 
+@pytest.mark.slow
 def test_prv_is_below_rdp_and_near_it() -> None:
     for spends in ([WEEKS], [Spend(1.5, 0.04, 2250)], [Spend(4.0, 1.0, 8)], [WEEKS, Spend(6.0, 0.5, 20)]):
         by_rdp, by_prv = (epsilon(spends, delta=DELTA, accountant=name) for name in ("rdp", "prv"))

@@ -122,6 +122,7 @@ class TestEncoder:
         assert torch.allclose(coarse[0, :, 1:-1, 0], torch.tensor([2.5, 4.5]).expand(4, 2))
         assert torch.allclose(coarse[0, 0], coarse[0, 3])
 
+    @pytest.mark.slow
     def test_real_vit_b_runs_at_256_px(self) -> None:
         sam = REGISTRY["sam_vit_b"].build()
         backbone = Backbone.from_sam("sam_vit_b", sam, image_size=256, pixel_norm="imagenet")
@@ -213,6 +214,7 @@ class TestFrozen:
         assert len(before) == 64
         assert tiny_backbone(64).digest() != before
 
+    @pytest.mark.slow
     def test_digest_changes_with_one_element_of_any_tensor(self) -> None:
         backbone = tiny_backbone()
         before = backbone.digest()
@@ -370,6 +372,7 @@ class TestFirstUseRecord:
 
 @needs_lite
 class TestLiteMedSam:
+    @pytest.mark.slow
     def test_real_weights_encode(self, lite: Backbone) -> None:
         embeddings = lite(random_images(1, 256).sigmoid())
         assert (lite.name, lite.image_size, lite.embedding_size, lite.pixel_norm) == ("lite_medsam", 256, 64, "minmax")

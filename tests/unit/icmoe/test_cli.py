@@ -96,6 +96,7 @@ def test_ctrl_c_says_how_to_go_on(run_main: Main, monkeypatch: pytest.MonkeyPatc
     assert "Stopped" in output
 
 
+@pytest.mark.slow
 def test_leave_takes_children_and_threads_with_it() -> None:
     """As after Ctrl-C: a thread that never ends, a child that ignores SIGTERM, and its child."""
     child = (

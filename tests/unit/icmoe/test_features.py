@@ -325,6 +325,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_a_writer_killed_mid_write_leaves_only_whole_entries(samples: list[Sample], cache: FeatureCache) -> None:
     with subprocess.Popen([sys.executable, "-c", WRITER, str(cache.root)], stdout=subprocess.PIPE, text=True) as writer:
         assert writer.stdout is not None
@@ -360,6 +361,7 @@ print(report.used)
 """
 
 
+@pytest.mark.slow
 def test_two_processes_fill_and_purge_one_cache(tmp_path: Path, cache: FeatureCache) -> None:
     samples = make_samples(tmp_path, count=6)
     command = [sys.executable, "-c", ENCODER, str(tmp_path), str(cache.root), str(Path(__file__).parent)]

@@ -136,6 +136,7 @@ def test_probabilities_votes_and_entropy(tmp_path: Path, predictor: Predictor) -
         np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_all_48_axis_orders_give_the_same_prediction(tmp_path: Path, predictor: Predictor) -> None:
     values = np.random.default_rng(1).integers(1, 500, (6, 8, 10)).astype(np.int16)
     affine = np.diag([1.0, 1.5, 4.0, 1.0])

@@ -90,6 +90,7 @@ def test_ledger_confirm_holds_from_then_on(site_file: Path, ledger: Ledger) -> N
     assert "epsilon 2.5 confirmed, because: backup of May restored" in text
 
 
+@pytest.mark.slow
 def test_plan_without_a_site_counts_rounds_that_fit() -> None:
     arguments = ("plan", "--patients", "13", "--batch-size", "4", "--epsilon", "3")
     found = json.loads(run(*arguments, "--json"))
@@ -102,6 +103,7 @@ def test_plan_without_a_site_counts_rounds_that_fit() -> None:
     assert "rounds that fit" in run(*arguments, "--noise-multiplier", "4.0")
 
 
+@pytest.mark.slow
 def test_plan_of_a_site_counts_what_was_spent(site_file: Path, ledger: Ledger) -> None:
     found = json.loads(run("plan", "--site", "oslo", "--config", str(site_file), "--noise-multiplier", "4.0", "--json"))
     fit = affordable_steps(max_epsilon=3.0, delta=1e-5, noise_multiplier=4.0, sample_rate=4 / 13, spent=(ROUND, ROUND))

@@ -122,6 +122,7 @@ def test_a_run_goes_on_to_the_same_end(centre: Any, tmp_path: Path) -> None:
         assert not [path for path in folder.glob("checkpoints/round_*") if not (path / "manifest.json").exists()]
 
 
+@pytest.mark.slow
 def test_a_centre_is_whole_or_says_that_it_is_not(tmp_path: Path) -> None:
     def work(folder: Path) -> None:
         init_centre(folder, advertise="fl.example.org:8443", bind="127.0.0.1:8443", sans=(), superlink_port=9620)
@@ -159,6 +160,7 @@ def enrolments() -> list[Enrolment]:
     return made
 
 
+@pytest.mark.slow
 def test_the_registry_holds_the_sites_before_or_after_the_change(tmp_path: Path, enrolments: list[Enrolment]) -> None:
     def work(folder: Path) -> None:
         folder.mkdir(exist_ok=True)

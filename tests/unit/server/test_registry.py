@@ -120,6 +120,7 @@ def test_who_is_not_there_cannot_be_revoked(registry: SiteRegistry) -> None:
         registry.revoke("b")
 
 
+@pytest.mark.slow
 def test_processes_at_the_same_time_lose_nothing(registry: SiteRegistry, tmp_path: Path) -> None:
     names = [[f"site-{process}-{index}" for index in range(SITES_EACH)] for process in range(PROCESSES)]
     for number, name in enumerate((name for row in names for name in row), start=1):

@@ -178,6 +178,7 @@ def test_the_proximal_term_comes_after_the_noise(make_case: MakeCase, gradients:
     torch.testing.assert_close(flat(proximal[1]) - flat(plain[1]), 0.5 * moved[0], rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_little_noise_still_learns(make_case: MakeCase) -> None:
     case = make_case(0)
     run: dict[str, Any] = {"spend": Spend(0.01, 1.0, 15), "learning_rate": 5e-3, "changes": {"local_epochs": 15}}

@@ -74,6 +74,7 @@ def compare(found: dict[str, Tensor], expected: dict[str, Tensor], dtype: torch.
             assert float((found[name] - reference).norm()) <= 1e-4 * float(reference.norm()) + 1e-7, name
 
 
+@pytest.mark.slow
 @precisions
 @given(
     seed=st.integers(0, 1000),
@@ -128,6 +129,7 @@ unit_gradients = st.tuples(st.lists(numbers, min_size=3, max_size=3), st.lists(n
 )
 
 
+@pytest.mark.slow
 @given(
     units=st.lists(unit_gradients, min_size=1, max_size=5),
     other=unit_gradients,
@@ -148,6 +150,7 @@ def test_one_unit_moves_the_sum_by_at_most_its_bound(
     assert float((everything - replaced).norm()) <= 2 * max_grad_norm * rounding
 
 
+@pytest.mark.slow
 @given(seed=st.integers(0, 1000), scale=st.sampled_from([0.0, 1.0, 1e2, 1e4]), num_other=st.integers(1, 5))
 @few
 def test_replacing_a_patient_by_anything_moves_the_sum_by_at_most_two_clips(
