@@ -1,21 +1,25 @@
 """Flower's SuperNode on a line that breaks: nothing that was under way is lost.
 
-Flower sends a call again when it failed, but flwr 1.41 loses a site or its round in four places:
+Flower sends a call again when it failed, but flwr 1.41 loses a site or its round in five places:
 
 - An error whose text holds "ssl" counts as a bad certificate and ends the call for good. A connection that ends during
   the TLS handshake or in the middle of an upload reads "EOF occurred in violation of protocol (_ssl.c:...)".
 - A tensor that arrived while its receipt was lost is sent again, refused as not expected, and the reply is dropped.
 - A message that was handed out while the line broke counts as delivered and is never handed out again.
+- A message of a process that was killed counts as lost only if the centre looks while the site is offline. Flower
+  forgets a dead session after 60 s, and a new one that comes in that very second leaves nothing to see.
 - When the loop that asks for messages ended for good, the process stays, deaf and for ever.
 
-``run_supernode`` is started in place of ``flower-supernode`` and mends these four. All else is Flower's own.
+``run_supernode`` is started in place of ``flower-supernode`` and mends these five. All else is Flower's own.
 """
 
 import contextlib
 import logging
+import os
 import ssl
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import flwr.supernode.fleet_http_connection as fleet_connection
@@ -25,6 +29,7 @@ from flwr.proto.fleet_pb2 import (
     ActivateNodeRequest,
     ActivateNodeResponse,
     DeactivateNodeRequest,
+    DeactivateNodeResponse,
     PullMessagesRequest,
     PullMessagesResponse,
 )
@@ -89,13 +94,15 @@ def is_broken_line(error: BaseException) -> bool:
 
 
 class SteadyClient(FleetHttpClient):
-    """Flower's client of the Fleet API, aware of answers that were lost on their way.
+    """Flower's client of the Fleet API, aware of answers that were lost on their way, and of an end without goodbye.
 
-    What a call did at the centre is unknown after an error of the transport or of the gateway.
+    What a call did at the centre is unknown after an error of the transport or of the gateway. While online there is a
+    file ``FLWR_HOME/online``: found at the start, it is left from a process that was killed.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
+        self._online = Path(os.environ["FLWR_HOME"]) / "online"
         self._activation: ActivateNodeRequest | None = None
         self._pull_is_uncertain = False
         self._is_away = False
@@ -103,9 +110,22 @@ class SteadyClient(FleetHttpClient):
         self._uncertain: set[tuple[str, str]] = set()
 
     def ActivateNode(self, request: ActivateNodeRequest) -> ActivateNodeResponse:
-        """Come online."""
+        """Come online; after a crash leave once more, so that the centre asks again what the dead process took."""
         self._activation = request
-        return super().ActivateNode(request)
+        response = super().ActivateNode(request)
+        if self._online.exists():
+            self._leave_and_return(
+                response.node_id, "the last connection crashed and may have taken a message"
+            )
+        self._online.parent.mkdir(parents=True, exist_ok=True)
+        self._online.touch()
+        return response
+
+    def DeactivateNode(self, request: DeactivateNodeRequest) -> DeactivateNodeResponse:
+        """Go offline."""
+        response = super().DeactivateNode(request)
+        self._online.unlink(missing_ok=True)
+        return response
 
     def SendNodeHeartbeat(self, request: SendNodeHeartbeatRequest) -> SendNodeHeartbeatResponse:
         """Say that we are here, unless we mean to be away: it would bring us back."""
@@ -135,22 +155,22 @@ class SteadyClient(FleetHttpClient):
             raise
         if self._pull_is_uncertain:
             if not response.messages_list:
-                self._leave_and_return(request.node.node_id)
+                self._leave_and_return(request.node.node_id, "the line broke while the centre may have asked something")
             self._pull_is_uncertain = False
         return response
 
-    def _leave_and_return(self, node_id: int) -> None:
+    def _leave_and_return(self, node_id: int, reason: str) -> None:
         """Go offline for a moment: the centre then gives up what it believes to be with us, and asks again."""
         if self._activation is None:
             return
-        logger.warning("the line broke while the centre may have asked something; offline for %.0f s", AWAY_SECONDS)
+        logger.warning("%s; offline for %.0f s", reason, AWAY_SECONDS)
         self._is_away = True
         try:
             # Refused if we are so already, as the answer to an earlier try was lost.
             with contextlib.suppress(httpx.HTTPStatusError):
-                self.DeactivateNode(DeactivateNodeRequest(node_id=node_id))
+                super().DeactivateNode(DeactivateNodeRequest(node_id=node_id))
             time.sleep(AWAY_SECONDS)
             with contextlib.suppress(httpx.HTTPStatusError):
-                self.ActivateNode(self._activation)
+                super().ActivateNode(self._activation)
         finally:
             self._is_away = False

@@ -1,12 +1,10 @@
 """A centre that was taken over: it sends other code, or asks more than a hospital allows. Refused, the data unread."""
 
 import contextlib
-import ctypes
 import hashlib
 import json
 import os
 import socket
-import struct
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from opened_files import OpenedFiles
 
 from icmoe.flower_engine import app_digest, flower_environment, supernode_command
 from icmoe_client.site_file import load_site
@@ -90,41 +89,6 @@ app = ClientApp()
 def train(message, context):
     return Message(RecordDict(), reply_to=message)
 """
-
-
-class OpenedFiles:
-    """Which files of a folder any process opens or reads, from the kernel (inotify); it forgets none until asked."""
-
-    _OPEN, _ACCESS, _OVERFLOW = 0x20, 0x1, 0x4000
-    _HEAD = struct.Struct("iIII")
-
-    def __init__(self, folder: Path) -> None:
-        libc = ctypes.CDLL(None, use_errno=True)
-        self._queue = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
-        watch = libc.inotify_add_watch(self._queue, os.fsencode(folder), self._OPEN | self._ACCESS)
-        if self._queue < 0 or watch < 0:
-            pytest.skip(f"no inotify on this machine: {os.strerror(ctypes.get_errno())}")
-
-    def since_last_time(self) -> set[str]:
-        """Names; ``.`` for the folder itself, as who lists it opens it."""
-        names: set[str] = set()
-        while events := self._read():
-            while events:
-                _, mask, _, length = self._HEAD.unpack_from(events)
-                assert not mask & self._OVERFLOW
-                end = self._HEAD.size + length
-                names.add(events[self._HEAD.size : end].rstrip(b"\0").decode() or ".")
-                events = events[end:]
-        return names
-
-    def close(self) -> None:
-        os.close(self._queue)
-
-    def _read(self) -> bytes:
-        try:
-            return os.read(self._queue, 1 << 16)
-        except BlockingIOError:
-            return b""
 
 
 @pytest.fixture(scope="module")

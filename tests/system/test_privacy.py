@@ -1,17 +1,24 @@
 """Differential privacy between real processes: what is booked, what leaves, what is signed, and when a site says no."""
 
 import json
+import re
 import shutil
 import signal
+import ssl
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
-from safetensors.numpy import load_file
+from flwr.app import ConfigRecord, RecordDict
+from opened_files import OpenedFiles
+from safetensors.numpy import load, load_file, save
+from wiretap import Sent, Wiretap, read
 
 from icmoe.audit import RECEIPTS
+from icmoe.flower import unpack_arrays
 from icmoe.receipts import Receipt, parse_line
 from icmoe_client.egress import METRICS
 from icmoe_client.egress_log import LOG
@@ -29,6 +36,12 @@ federation: {{num_rounds: {ROUNDS}, sites: [a, b, c], quorum: 2, on_missing: con
 privacy: {{noise_multiplier: 2.0, target_delta: 1.0e-5}}
 """
 DELTA = 1e-5
+# Nothing but numbers that the receipts tell as well, and the hospital's own limit.
+REFUSAL = (
+    r"BudgetExhaustedError: this site allows epsilon 3 at delta 1e-05 and has spent [\d.]+; \d+ more steps with noise "
+    r"multiplier 2 would reach [\d.]+. \d+ such steps still fit. Ask for more noise or fewer local epochs, or go on "
+    r"without this site."
+)
 LEDGER = "ledger.sqlite"
 
 
@@ -43,6 +56,15 @@ def change_site(federation: Any, site: str, *, policy: dict[str, Any], **changes
     content |= changes
     content["policy"] |= policy
     path.write_text(yaml.safe_dump(content))
+
+
+def tap(federation: Any) -> Wiretap:
+    """On the line of all sites, with the key that they trust."""
+    pki = federation.centre / "pki"
+    listen = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    listen.load_cert_chain(pki / "server.crt", pki / "server.key")
+    trust = ssl.create_default_context(cafile=pki / "ca.crt")
+    return Wiretap(("127.0.0.1", federation.port), listen, trust)
 
 
 def live(federation: Any, site: str) -> Path:
@@ -61,10 +83,23 @@ def finished(private: Any) -> dict[str, Any]:
     for site in SITES:
         change_site(private, site, policy={"require_dp": True}, num_examples=3)
     change_site(private, "b", policy={"max_epsilon": 3.0})
-    sites = {site: private.start_site(site) for site in SITES}
-    centre = private.start_centre()
-    assert centre.process.wait(600) == 0, centre.output
-    end(sites.values())
+    watches = {site: OpenedFiles(private.root / "data" / site) for site in ("a", "b")}
+    with tap(private) as line:
+        for site in SITES:
+            change_site(private, site, policy={}, server=f"127.0.0.1:{line.port}")
+        sites = {site: private.start_site(site) for site in SITES}
+        centre = private.start_centre()
+        private.wait_for("round 1", lambda: len(private.rounds()) >= 1, seconds=600)
+        told["read in round 1"] = {site: watch.since_last_time() for site, watch in watches.items()}
+        assert centre.process.wait(600) == 0, centre.output
+        end(sites.values())
+        told["read afterwards"] = {site: watch.since_last_time() for site, watch in watches.items()}
+    told["requests"] = list(line.requests())
+    told["sent"] = read(iter(told["requests"]))
+    for site, watch in watches.items():
+        watch.close()
+        change_site(private, site, policy={}, server=f"127.0.0.1:{private.port}")
+    change_site(private, "c", policy={}, server=f"127.0.0.1:{private.port}")
     for site in SITES:
         state(private, site).mkdir(parents=True)
         for name in (LOG, LEDGER):
@@ -134,20 +169,103 @@ def test_ledger_is_what_the_centre_and_the_receipts_say(private: Any, finished: 
     assert finished["shown"]["epsilon_rdp"] == pytest.approx(last["a"])
 
 
-def test_egress_of_a_whole_run_holds_only_what_is_on_the_lists(private: Any, finished: dict[str, Any]) -> None:
+def test_ledger_that_is_exhausted_keeps_the_data_unread(finished: dict[str, Any]) -> None:
+    """From the second round on, by the kernel's word; a site that trains does open them each time."""
+
+    def opened(told: str, site: str) -> set[str]:
+        files = {f"{site}{index}{kind}.png" for index in range(3) for kind in ("", "_mask")}
+        return files & set(finished[told][site])
+
+    assert opened("read in round 1", "b")
+    assert opened("read afterwards", "a")
+    assert opened("read afterwards", "b") == set()
+    # The final test of the model, which a budget does not speak of.
+    assert "b4_mask.png" in finished["read afterwards"]["b"]
+
+
+def test_egress_of_a_whole_run_is_reports_and_receipts_and_nothing_else(private: Any, finished: dict[str, Any]) -> None:
+    """Every request that the three sites sent, taken off the line."""
+    sent: Sent = finished["sent"]
+    assert sent.num_unused == 0
     start = load_file(private.run_dir / "checkpoints" / "round_000" / "adapters.safetensors")
-    withheld = {name for name, rule in METRICS.items() if rule.leaves == "without_dp"}
+    carried: dict[str, list[str]] = {site: [] for site in SITES}
+    num_updates = 0
+    for message in sent.messages:
+        content, about = message.content, message.content.config_records["about"]
+        if set(about) == {"site"}:
+            assert set(content) == {"about"}
+            assert about["site"] in SITES
+            continue
+        assert set(content) <= {"about", "metrics", "arrays"}
+        check_about(private, about)
+        check_metrics(content)
+        if "arrays" in content:
+            check_arrays(content, start)
+            num_updates += 1
+        carried[str(about["site"])].append(str(about["receipt"]))
+    for site, told in carried.items():
+        assert sorted(told) == sorted((state(private, site) / LOG).read_text().splitlines())
+    assert num_updates == 2 * ROUNDS + 1
+    for error in sent.errors:
+        assert re.fullmatch(REFUSAL, error)
+    assert len(sent.errors) == ROUNDS - 1
+
+
+def check_about(federation: Any, about: ConfigRecord) -> None:
+    assert set(about) == {"site", "server-round", "config-sha256", "backbone-sha256", "experts", "receipt"}
+    assert about["site"] in SITES
+    assert about["server-round"] in range(1, ROUNDS + 1)
+    results = federation.results()
+    assert about["backbone-sha256"] == results["backbone_sha256_before"]
+    assert about["config-sha256"] == (federation.run_dir / "config.sha256").read_text().strip()
+    assert about["experts"] == []
+
+
+def check_metrics(content: RecordDict) -> None:
+    metrics = dict(content.metric_records["metrics"])
+    assert metrics.pop("expert-shares") == []
+    assert metrics.pop("dice-per-class") == []
+    for name, value in metrics.items():
+        rule = METRICS[name.replace("-", "_")]
+        assert rule.leaves != "without_dp"
+        assert isinstance(value, float)
+        assert rule.low <= value <= rule.high
+    assert metrics.get("num-examples", 3.0) == 3.0
+
+
+def check_arrays(content: RecordDict, start: dict[str, Any]) -> None:
+    record = content.array_records["arrays"]
+    arrays = unpack_arrays(record)
+    assert {name: (one.shape, one.dtype) for name, one in arrays.items()} == {
+        name: (one.shape, one.dtype) for name, one in start.items()
+    }
+    assert all(np.isfinite(array).all() for array in arrays.values())
+    for packed in record.values():
+        # Nothing beside the tensors in their container.
+        bundle = packed.numpy().tobytes()
+        assert save(load(bundle)) == bundle
+
+
+def test_egress_besides_the_messages_has_no_room_for_anything(finished: dict[str, Any]) -> None:
+    headers = {name for request in finished["requests"] for name in request.headers}
+    print(sorted(headers))
+    assert headers <= {
+        "accept",
+        "accept-encoding",
+        "connection",
+        "content-length",
+        "content-type",
+        "host",
+        "user-agent",
+    }
+
+
+def test_egress_that_the_centre_wrote_down_tells_nothing_exact_of_the_training(
+    private: Any, finished: dict[str, Any]
+) -> None:
     for site in SITES:
-        sent = receipts(private, site)
-        assert sent
-        for receipt in sent:
-            names = {name.split(".")[0] for name in receipt.metrics}
-            assert names <= set(METRICS) - withheld
+        for receipt in receipts(private, site):
             assert receipt.patients is receipt.images is None
-            assert {one.name: one.shape for one in receipt.tensors} in (
-                {},
-                {name: array.shape for name, array in start.items()},
-            )
     for line in private.rounds()[:ROUNDS]:
         assert set(line["train_loss"].values()) == {None}
         assert set(line["used"].values()) == {None}

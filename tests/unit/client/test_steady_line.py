@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -13,6 +14,7 @@ import pytest
 from flwr.proto.fleet_pb2 import (
     ActivateNodeRequest,
     ActivateNodeResponse,
+    DeactivateNodeRequest,
     DeactivateNodeResponse,
     PullMessagesRequest,
     PullMessagesResponse,
@@ -28,6 +30,13 @@ from icmoe_client import steady_line
 from icmoe_client.steady_line import SteadyClient, is_broken_line, make_steady_invoker
 
 NODE = Node(node_id=7)
+
+
+@pytest.fixture(autouse=True)
+def flower_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A home of its own, as each site's SuperNode has; and nobody stays away for long."""
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path / "flwr_home"))
+    monkeypatch.setattr(steady_line, "AWAY_SECONDS", 0.0)
 
 
 class Centre:
@@ -138,8 +147,7 @@ def test_an_object_that_was_never_sent_before_is_still_refused() -> None:
         assert not client.PushObject(PushObjectRequest(session_id="s", object_id="other")).stored
 
 
-def test_a_message_that_may_be_lost_makes_the_site_leave_and_return(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(steady_line, "AWAY_SECONDS", 0.0)
+def test_a_message_that_may_be_lost_makes_the_site_leave_and_return() -> None:
     centre = Centre(
         {
             "activate-node": [ActivateNodeResponse(node_id=7), ActivateNodeResponse(node_id=7)],
@@ -155,6 +163,27 @@ def test_a_message_that_may_be_lost_makes_the_site_leave_and_return(monkeypatch:
     assert centre.calls == [
         *("activate-node", "pull-messages", "pull-messages", "deactivate-node", "activate-node", "pull-messages")
     ]
+
+
+def connect(*, goodbye: bool) -> list[str]:
+    """Calls of a process that comes online, and ends with or without a word."""
+    answers = {
+        "activate-node": [ActivateNodeResponse(node_id=7)] * 2,
+        "deactivate-node": [DeactivateNodeResponse()] * 2,
+    }
+    centre = Centre({call: list(script) for call, script in answers.items()})
+    with centre.client(SteadyClient) as client:
+        client.ActivateNode(ActivateNodeRequest(public_key=b"k"))
+        if goodbye:
+            client.DeactivateNode(DeactivateNodeRequest(node_id=7))
+    return centre.calls
+
+
+def test_after_a_crash_the_centre_gets_to_see_the_site_offline() -> None:
+    assert connect(goodbye=False) == ["activate-node"]
+    assert connect(goodbye=False) == ["activate-node", "deactivate-node", "activate-node"]
+    assert connect(goodbye=True) == ["activate-node", "deactivate-node", "activate-node", "deactivate-node"]
+    assert connect(goodbye=True) == ["activate-node", "deactivate-node"]
 
 
 def test_a_message_that_comes_after_all_is_simply_taken() -> None:
