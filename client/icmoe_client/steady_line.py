@@ -97,7 +97,7 @@ class SteadyClient(FleetHttpClient):
     """Flower's client of the Fleet API, aware of answers that were lost on their way, and of an end without goodbye.
 
     What a call did at the centre is unknown after an error of the transport or of the gateway. While online there is a
-    file ``FLWR_HOME/online``: found at the start, it is left from a process that was killed.
+    file ``FLWR_HOME/online``: found at the start, it is left from a process that was killed or had lost the centre.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -110,12 +110,12 @@ class SteadyClient(FleetHttpClient):
         self._uncertain: set[tuple[str, str]] = set()
 
     def ActivateNode(self, request: ActivateNodeRequest) -> ActivateNodeResponse:
-        """Come online; after a crash leave once more, so that the centre asks again what the dead process took."""
+        """Come online; after an end without goodbye leave once more, so that the centre asks again."""
         self._activation = request
         response = super().ActivateNode(request)
         if self._online.exists():
             self._leave_and_return(
-                response.node_id, "the last connection crashed and may have taken a message"
+                response.node_id, "the last connection ended without a goodbye and may have taken a message"
             )
         self._online.parent.mkdir(parents=True, exist_ok=True)
         self._online.touch()

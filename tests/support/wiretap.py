@@ -158,7 +158,7 @@ def read(requests: Iterator[Request]) -> Sent:
     found: list[Message] = []
     for message in messages:
         # Its content travels as objects.
-        assert not message.HasField("content")
+        assert message.content.ByteSize() == 0
         inflated = inflate_object_from_contents(message.metadata.message_id, objects, keep_object_contents=True)
         assert isinstance(inflated, Message)
         found.append(inflated)

@@ -246,18 +246,17 @@ def check_arrays(content: RecordDict, start: dict[str, Any]) -> None:
         assert save(load(bundle)) == bundle
 
 
-def test_egress_besides_the_messages_has_no_room_for_anything(finished: dict[str, Any]) -> None:
-    headers = {name for request in finished["requests"] for name in request.headers}
-    print(sorted(headers))
-    assert headers <= {
-        "accept",
-        "accept-encoding",
-        "connection",
-        "content-length",
-        "content-type",
-        "host",
-        "user-agent",
-    }
+def test_egress_in_headers_is_of_the_protocol(finished: dict[str, Any]) -> None:
+    values: dict[str, set[str]] = {}
+    for request in finished["requests"]:
+        for name, value in request.headers.items():
+            values.setdefault(name, set()).add(value)
+    for name in ("content-length", "flwr-public-key", "flwr-timestamp", "flwr-signature"):
+        values.pop(name)
+    names = {"accept", "accept-encoding", "connection", "content-type", "host", "user-agent"}
+    assert set(values) == names | {"flwr-component-name", "flwr-package-name", "flwr-package-version"}
+    # Names of programs and formats, the same in every call.
+    assert all(len(told) <= 2 for told in values.values()), values
 
 
 def test_egress_that_the_centre_wrote_down_tells_nothing_exact_of_the_training(
