@@ -42,7 +42,7 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 
 from icmoe.errors import ConfigError
 from icmoe.flower_engine import check_flower
-from icmoe_client.late_replies import notice_late_replies
+from icmoe_client.late_replies import give_up_torn_replies, notice_late_replies
 
 AWAY_SECONDS = 10.0
 """How long a site that may have missed a message is offline, so that the centre notices and asks it again."""
@@ -65,6 +65,7 @@ def run_supernode() -> None:
             raise ConfigError(f"this flwr has no {name}: the mends of icmoe_client.steady_line do not fit it")
     vars(fleet_connection).update(mended)
     vars(supernode)["_pull_and_store_message"] = notice_late_replies(supernode._pull_and_store_message)
+    vars(supernode)["_push_messages"] = give_up_torn_replies(supernode._push_messages)
     sys.argv = sys.argv[1:]
     flower_supernode()
     # It returns only when its loop has ended by itself; its own HTTP server would keep the process.
