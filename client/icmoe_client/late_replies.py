@@ -11,7 +11,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-PATIENCE = 120.0
+from flwr.app import Message
+from flwr.proto.message_pb2 import ObjectTree
+from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
+from flwr.supernode.nodestate.in_memory_nodestate import CLIENT_APP_CRASHED_ERROR
+
+PATIENCE = 30.0
 """Seconds for the next piece of a reply, which a process of this machine holds in memory."""
 
 _ANY_RUN = 0
@@ -34,40 +39,41 @@ def notice_late_replies(pull: Callable[..., int | None]) -> Callable[..., int | 
     return pull_or_notice
 
 
-def give_up_torn_replies(push: Callable[..., None]) -> Callable[..., None]:
-    """Let the SuperNode go on after a ClientApp died with a reply half handed over; the centre then asks again.
+def send_whole_replies(push: Callable[..., None]) -> Callable[..., None]:
+    """Let the SuperNode announce a reply to the centre only when all of it is here.
 
     Args:
         push: Flower's ``_push_messages``, which catches and notes what goes wrong with a reply.
 
     Returns:
-        The same, but it waits ``PATIENCE`` seconds for a piece and no longer.
+        The same. Where a ClientApp died with its reply half handed over, the centre gets Flower's own error for that
+        within ``PATIENCE`` seconds, and asks again.
     """
 
-    def push_or_give_up(*, object_store: Any, **arguments: Any) -> None:
-        push(object_store=_ImpatientStore(object_store), **arguments)
+    def push_whole(*, state: Any, object_store: Any, send: Callable[..., Any], **arguments: Any) -> None:
+        def send_whole(message: Message, tree: ObjectTree, duration: float) -> Any:
+            if not _is_whole(object_store, tree):
+                state.delete_messages(message_ids=[message.metadata.message_id])
+                state._store_error_replies({message.metadata.run_id}, CLIENT_APP_CRASHED_ERROR)
+                raise TimeoutError("its ClientApp died before it had handed over the whole reply")
+            return send(message, tree, duration)
 
-    return push_or_give_up
+        push(state=state, object_store=object_store, send=send_whole, **arguments)
+
+    return push_whole
 
 
-class _ImpatientStore:
-    """Flower's object store while replies are sent, for which a piece that does not come is an error."""
-
-    def __init__(self, store: Any) -> None:
-        self._store = store
-        self._missing_since: dict[str, float] = {}
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._store, name)
-
-    def get(self, object_id: str) -> bytes | None:
-        """Content of an object, empty as long as it has not come."""
-        content: bytes | None = self._store.get(object_id)
-        if content == b"":
-            since = self._missing_since.setdefault(object_id, time.monotonic())
-            if time.monotonic() - since > PATIENCE:
-                raise TimeoutError("the ClientApp died before it had handed over its whole reply")
-        return content
+def _is_whole(object_store: Any, tree: ObjectTree) -> bool:
+    """Wait until every object of a reply has come; whether they did."""
+    wanted = {node.object_id for node in iterate_object_tree(tree)}
+    ends = time.monotonic() + PATIENCE
+    while missing := {name for name in wanted if object_store.get(name) == b""}:
+        if missing != wanted:
+            wanted, ends = missing, time.monotonic() + PATIENCE
+        if time.monotonic() > ends:
+            return False
+        time.sleep(0.05)
+    return True
 
 
 def _has_reply(state: Any) -> bool:

@@ -3,6 +3,10 @@
 Flower's own ``Strategy.start`` sends each message once. A site that loses power in the middle of a round would be out
 of that round, and a run that wants all its sites would end. Here it is asked again as soon as it is back, until the
 round's deadline; so a round that lost and regained a site has the same result as one that did not.
+
+Flower calls a message lost only if somebody looks while its site is offline. A site may be back before that, as Flower
+forgets a dead session after a minute, or a look may take long; so one that has connected anew since it was asked is
+asked again as well, and the first answer counts.
 """
 
 import logging
@@ -34,6 +38,14 @@ logger = logging.getLogger(__name__)
 
 class StopWantedError(Exception):
     """An operator wants the run to stop now. Not an error: the run ends in order."""
+
+
+@dataclass(frozen=True)
+class Presence:
+    """A site that is online: its node, and when it connected."""
+
+    node: int
+    connected: str
 
 
 @dataclass(frozen=True)
@@ -107,7 +119,7 @@ class RollCall:
         poll, told = FIRST_POLL, time.monotonic()
         while True:
             exchange.send(self._online(requests))
-            exchange.collect()
+            self._abandoned |= exchange.collect()
             exchange.answers.num_late += self._drop_late()
             if exchange.is_over() or self._goes_on_without(exchange, quorum):
                 break
@@ -122,10 +134,14 @@ class RollCall:
         self._abandoned |= set(exchange.outstanding)
         return exchange.close()
 
-    def _online(self, requests: Mapping[str, Request]) -> dict[str, int]:
+    def _online(self, requests: Mapping[str, Request]) -> dict[str, Presence]:
         registered = self._registered()
-        online = set(self._grid.get_node_ids())
-        nodes = {site: node for site, node in registered.items() if site in requests and node in online}
+        connected = {node.node_id: node.last_activated_at for node in self._grid.get_nodes()}
+        nodes = {
+            site: Presence(node, connected[node])
+            for site, node in registered.items()
+            if site in requests and node in connected
+        }
         for site in requests:
             if site not in registered:
                 self._board.note(site, "missing", "no key of this name is registered")
@@ -167,12 +183,17 @@ class _Exchange:
         self._ends = time.monotonic() + deadline
         self._asks = dict.fromkeys(requests, 0)
         self._to_ask = set(requests)
+        self._asked_at: dict[str, Presence] = {}
         self.outstanding: dict[str, str] = {}
         self.missing: dict[str, str] = {}
         self.answers = Answers()
 
-    def send(self, online: Mapping[str, int]) -> None:
-        """Ask those who are there and were not asked yet; note the others as missing."""
+    def send(self, online: Mapping[str, Presence]) -> None:
+        """Ask those who are there and were not asked yet, or not as they are now; note the others as missing."""
+        for site in {*self.outstanding.values()} & set(online) - self._to_ask:
+            if online[site] != self._asked_at[site] and self._asks[site] < MAX_ASKS:
+                logger.warning("%s has connected anew since it was asked; it is asked again", site)
+                self._to_ask.add(site)
         for site in sorted(self._to_ask - set(online)):
             if site not in self.missing:
                 old = self._board.roll_call.get(site)
@@ -186,28 +207,39 @@ class _Exchange:
                 logger.warning("%s is back", site)
             request = self._requests[site]
             ttl = max(60.0, self._ends - time.monotonic())
-            message = Message(request.content, online[site], request.message_type, ttl=ttl)
+            message = Message(request.content, online[site].node, request.message_type, ttl=ttl)
             (message_id,) = self._grid.push_messages([message])
             if not message_id:
                 continue
             self.outstanding[message_id] = site
+            self._asked_at[site] = online[site]
             self._asks[site] += 1
             self._to_ask.discard(site)
             self._board.note(site, "asked")
 
-    def collect(self) -> None:
-        """Take the replies that have come."""
+    def collect(self) -> set[str]:
+        """Take the replies that have come; returns the messages that were asked besides and no longer matter."""
         if not self.outstanding:
-            return
+            return set()
         for message in self._grid.pull_messages(set(self.outstanding)):
             site = self.outstanding.pop(message.metadata.reply_to_message_id, None)
             if site is not None:
                 self._take(site, message)
+        answered = {*self.answers.good, *self.answers.failed}
+        besides = {message_id for message_id, site in self.outstanding.items() if site in answered}
+        for message_id in besides:
+            del self.outstanding[message_id]
+        self._to_ask -= answered
+        return besides
 
     def _take(self, site: str, message: Message) -> None:
+        if site in self.answers.good or site in self.answers.failed:
+            return
         if not message.has_error():
             self.answers.good[site] = message
             self._board.note(site, "answered")
+        elif message.error.code in LOST and site in self.outstanding.values():
+            logger.warning("%s %s; it was asked again already", site, LOST[message.error.code])
         elif message.error.code in LOST and self._asks[site] < MAX_ASKS:
             logger.warning("%s %s; it is asked again when it is back", site, LOST[message.error.code])
             self._to_ask.add(site)

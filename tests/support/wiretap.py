@@ -5,18 +5,17 @@ import contextlib
 import hashlib
 import ssl
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Self
 
 import h11
 from flwr.app import Message
 from flwr.proto import fleet_pb2, heartbeat_pb2, message_pb2, run_pb2
 from flwr.proto.fab_pb2 import GetFabRequest
-from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
+from flwr.supercore.inflatable.inflatable_object import InflatableObject
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from google.protobuf.message import Message as Protobuf
-from google.protobuf.unknown_fields import UnknownFieldSet
 
 CALLS: dict[str, Callable[[], Protobuf]] = {
     "activate-node": fleet_pb2.ActivateNodeRequest,
@@ -38,7 +37,7 @@ class Request:
     """One HTTP request of a hospital."""
 
     target: str
-    headers: dict[str, str]
+    headers: tuple[tuple[str, str], ...]
     body: bytes
 
 
@@ -47,14 +46,14 @@ class Sent:
     """What the bodies of all requests hold.
 
     Attributes:
-        messages: replies, put together from the objects that were sent for them.
-        errors: texts of replies that are errors.
-        num_unused: objects that belong to none of the messages.
+        messages: replies and errors by id, put together from the objects that were sent for them.
+        num_unread: objects that belong to none of the messages.
+        runtimes: seconds that replies claim to have taken.
     """
 
-    messages: list[Message]
-    errors: list[str]
-    num_unused: int
+    messages: dict[str, Message]
+    num_unread: int
+    runtimes: set[float]
 
 
 @dataclass
@@ -71,14 +70,17 @@ class Wiretap:
     listen: ssl.SSLContext
     trust: ssl.SSLContext
     port: int = 0
-    _heard: list[bytearray] = field(default_factory=list)
-    _loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.new_event_loop)
 
-    def __enter__(self) -> "Wiretap":
+    def __post_init__(self) -> None:
+        self._heard: list[bytearray] = []
+        self._loop = asyncio.new_event_loop()
+        self._done = asyncio.Event()
         listening = threading.Event()
         self._thread = threading.Thread(target=lambda: self._loop.run_until_complete(self._serve(listening)))
         self._thread.start()
         assert listening.wait(30)
+
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -87,24 +89,30 @@ class Wiretap:
         self._loop.close()
 
     async def _serve(self, listening: threading.Event) -> None:
-        self._done = asyncio.Event()
         server = await asyncio.start_server(self._carry_both, "127.0.0.1", 0, ssl=self.listen)
         self.port = server.sockets[0].getsockname()[1]
         listening.set()
         await self._done.wait()
         server.close()
-        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
             task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _carry_both(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(OSError, asyncio.CancelledError):
+        self._heard.append(heard := bytearray())
+        try:
             inward, outward = await asyncio.open_connection(*self.centre, ssl=self.trust)
-            self._heard.append(heard := bytearray())
-            await asyncio.gather(_carry(reader, outward, heard), _carry(inward, writer, None))
+        except OSError:
+            # The centre is not up. What is said to it now has left the hospital all the same.
+            heard += await reader.read(1 << 20)
+        else:
+            with contextlib.suppress(OSError):
+                await asyncio.gather(_carry(reader, outward, heard), _carry(inward, writer, None))
         writer.close()
 
     def requests(self) -> Iterator[Request]:
-        """All requests so far that were sent to their end, in the order of their connections."""
+        """All requests so far, in the order of their connections."""
         for heard in self._heard:
             yield from _parse(bytes(heard))
 
@@ -121,49 +129,58 @@ async def _carry(source: asyncio.StreamReader, target: asyncio.StreamWriter, hea
 
 
 def _parse(stream: bytes) -> Iterator[Request]:
-    """The requests of one connection."""
+    """The requests of one connection, each whole and nothing between them."""
     connection = h11.Connection(h11.SERVER)
     connection.receive_data(stream)
     while isinstance(head := connection.next_event(), h11.Request):
         body = b""
         while isinstance(event := connection.next_event(), h11.Data):
             body += event.data
-        if not isinstance(event, h11.EndOfMessage):
-            return
-        yield Request(head.target.decode(), {name.decode(): value.decode() for name, value in head.headers}, body)
+        assert isinstance(event, h11.EndOfMessage)
+        headers = tuple((name.decode(), value.decode()) for name, value in head.headers)
+        yield Request(head.target.decode(), headers, body)
         connection.send(h11.Response(status_code=200, headers=[("content-length", "0")]))
         connection.send(h11.EndOfMessage())
         connection.start_next_cycle()
+    assert connection.trailing_data[0] == b""
 
 
-def read(requests: Iterator[Request]) -> Sent:
+def read(requests: Iterable[Request]) -> Sent:
     """Understand every request, or fail: an unknown call, field or object is something nobody has looked at."""
-    messages: list[message_pb2.Message] = []
-    trees: dict[str, Any] = {}
+    # By id: a call that is tried again counts once.
+    announced: dict[str, message_pb2.Message] = {}
     objects: dict[str, bytes] = {}
+    runtimes: set[float] = set()
     for request in requests:
         if request.target == "/health":
             assert request.body == b""
             continue
         body: Any = CALLS[request.target.removeprefix("/v1/fleet/")]()
         body.ParseFromString(request.body)
-        assert len(UnknownFieldSet(body)) == 0
+        known = type(body)()
+        known.CopyFrom(body)
+        known.DiscardUnknownFields()
+        assert known.ByteSize() == len(request.body)
         if isinstance(body, fleet_pb2.PushMessagesRequest):
-            messages += body.messages_list
-            trees |= {tree.object_id: tree for tree in body.message_object_trees}
+            announced |= {message.metadata.message_id: message for message in body.messages_list}
+            runtimes |= set(body.clientapp_runtime_list)
         if isinstance(body, message_pb2.PushObjectRequest):
             assert hashlib.sha256(body.object_content).hexdigest() == body.object_id
             objects[body.object_id] = body.object_content
-    used = {one.object_id for tree in trees.values() for one in iterate_object_tree(tree)}
-    found: list[Message] = []
-    for message in messages:
+    seen: dict[str, InflatableObject] = {}
+    found: dict[str, Message] = {}
+    for name, message in announced.items():
         # Its content travels as objects.
         assert message.content.ByteSize() == 0
-        inflated = inflate_object_from_contents(message.metadata.message_id, objects, keep_object_contents=True)
+        inflated = inflate_object_from_contents(name, objects, keep_object_contents=True, objects=seen)
         assert isinstance(inflated, Message)
-        found.append(inflated)
-    return Sent(
-        messages=[message for message in found if not message.has_error()],
-        errors=[message.error.reason or "" for message in found if message.has_error()],
-        num_unused=len(set(objects) - used),
-    )
+        found[name] = inflated
+        check_metadata(message.metadata)
+        check_metadata(inflated.metadata)
+    return Sent(found, len(set(objects) - set(seen)), runtimes)
+
+
+def check_metadata(metadata: Any) -> None:
+    """Ids and times are Flower's; the two texts that an app could choose are not used."""
+    assert metadata.group_id == ""
+    assert metadata.message_type in ("query", "train", "evaluate")

@@ -6,7 +6,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -14,29 +13,21 @@ import pytest
 from flwr.proto.fleet_pb2 import (
     ActivateNodeRequest,
     ActivateNodeResponse,
-    DeactivateNodeRequest,
     DeactivateNodeResponse,
     PullMessagesRequest,
     PullMessagesResponse,
+    PushMessagesRequest,
+    PushMessagesResponse,
 )
-from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
 from flwr.proto.message_pb2 import Message, PushObjectRequest, PushObjectResponse
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.retry import make_simple_http_retry_invoker
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from google.protobuf.message import Message as Protobuf
 
-from icmoe_client import steady_line
 from icmoe_client.steady_line import SteadyClient, is_broken_line, make_steady_invoker
 
 NODE = Node(node_id=7)
-
-
-@pytest.fixture(autouse=True)
-def flower_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A home of its own, as each site's SuperNode has; and nobody stays away for long."""
-    monkeypatch.setenv("FLWR_HOME", str(tmp_path / "flwr_home"))
-    monkeypatch.setattr(steady_line, "AWAY_SECONDS", 0.0)
 
 
 class Centre:
@@ -45,6 +36,7 @@ class Centre:
     def __init__(self, script: dict[str, list[Protobuf | None]]) -> None:
         self.script = script
         self.calls: list[str] = []
+        self.bodies: list[bytes] = []
 
     @contextmanager
     def client(self, kind: type[FleetHttpClient]) -> Iterator[FleetHttpClient]:
@@ -54,7 +46,7 @@ class Centre:
             protocol_version = "HTTP/1.1"
 
             def do_POST(self) -> None:
-                self.rfile.read(int(self.headers["content-length"]))
+                centre.bodies.append(self.rfile.read(int(self.headers["content-length"])))
                 call = self.path.rsplit("/", 1)[1]
                 centre.calls.append(call)
                 answer = centre.script[call].pop(0)
@@ -147,7 +139,7 @@ def test_an_object_that_was_never_sent_before_is_still_refused() -> None:
         assert not client.PushObject(PushObjectRequest(session_id="s", object_id="other")).stored
 
 
-def test_a_message_that_may_be_lost_makes_the_site_leave_and_return() -> None:
+def test_a_message_that_may_be_lost_makes_the_site_connect_anew() -> None:
     centre = Centre(
         {
             "activate-node": [ActivateNodeResponse(node_id=7), ActivateNodeResponse(node_id=7)],
@@ -165,27 +157,6 @@ def test_a_message_that_may_be_lost_makes_the_site_leave_and_return() -> None:
     ]
 
 
-def connect(*, goodbye: bool) -> list[str]:
-    """Calls of a process that comes online, and ends with or without a word."""
-    answers = {
-        "activate-node": [ActivateNodeResponse(node_id=7)] * 2,
-        "deactivate-node": [DeactivateNodeResponse()] * 2,
-    }
-    centre = Centre({call: list(script) for call, script in answers.items()})
-    with centre.client(SteadyClient) as client:
-        client.ActivateNode(ActivateNodeRequest(public_key=b"k"))
-        if goodbye:
-            client.DeactivateNode(DeactivateNodeRequest(node_id=7))
-    return centre.calls
-
-
-def test_after_a_crash_the_centre_gets_to_see_the_site_offline() -> None:
-    assert connect(goodbye=False) == ["activate-node"]
-    assert connect(goodbye=False) == ["activate-node", "deactivate-node", "activate-node"]
-    assert connect(goodbye=True) == ["activate-node", "deactivate-node", "activate-node", "deactivate-node"]
-    assert connect(goodbye=True) == ["activate-node", "deactivate-node"]
-
-
 def test_a_message_that_comes_after_all_is_simply_taken() -> None:
     found = PullMessagesResponse(messages_list=[Message()])
     centre = Centre({"pull-messages": [None, found, PullMessagesResponse()]})
@@ -196,9 +167,9 @@ def test_a_message_that_comes_after_all_is_simply_taken() -> None:
     assert centre.calls == ["pull-messages"] * 3
 
 
-def test_no_heartbeat_brings_back_a_site_that_means_to_be_away() -> None:
-    centre = Centre({})
+def test_no_time_of_training_leaves() -> None:
+    centre = Centre({"push-messages": [PushMessagesResponse()]})
+    request = PushMessagesRequest(clientapp_runtime_list=[12.5])
     with centre.client(SteadyClient) as client:
-        client._is_away = True  # type: ignore[attr-defined]
-        assert client.SendNodeHeartbeat(SendNodeHeartbeatRequest(node=NODE)).success
-    assert centre.calls == []
+        client.PushMessages(request)
+    assert PushMessagesRequest.FromString(centre.bodies[0]).clientapp_runtime_list == [0.0]

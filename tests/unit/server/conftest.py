@@ -1,6 +1,7 @@
 """A federation without Ray and without torch: a grid that asks plain functions, on two small tensors."""
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from flwr.app import Error, Message, MessageType, RecordDict
+from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
@@ -40,6 +42,7 @@ class FakeGrid(Grid):
         self.asked: list[tuple[str, str, int]] = []
         self.replies: dict[str, Message] = {}
         self.offline: set[str] = set()
+        self.num_connections: Counter[str] = Counter()
         self._ids = (f"message-{number}" for number in itertools.count())
 
     @property
@@ -71,6 +74,12 @@ class FakeGrid(Grid):
 
     def get_node_ids(self) -> Iterable[int]:
         return [node for node, site in self.site_of.items() if site not in self.offline]
+
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        return [
+            NodeInfo(node_id=node, last_activated_at=str(self.num_connections[self.site_of[node]]))
+            for node in self.get_node_ids()
+        ]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         return self.pull_messages(self.push_messages(messages))

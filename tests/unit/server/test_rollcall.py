@@ -5,11 +5,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from flwr.app import MessageType
+from flwr.app import Message, MessageType, RecordDict
 
 from icmoe.errors import RunError
 from icmoe.exchange import Instruction
-from icmoe.flower import pack_instruction
+from icmoe.flower import pack_instruction, reply
 from icmoe_server.rollcall import MAX_ASKS, Answers, Request, RollCall, StopWantedError
 from icmoe_server.status import StatusBoard
 
@@ -72,6 +72,35 @@ def test_a_site_that_was_lost_is_asked_again(centre: Any, code: int) -> None:
 
     assert list(Call(centre).ask(answer).good) == ["a", "b", "c"]
     assert tries == ["a", "b", "c", "b"]
+
+
+def test_a_site_that_connected_anew_unseen_is_asked_again_and_its_first_answer_counts(centre: Any) -> None:
+    """Its process was killed with the message, and a new one was there before anybody had looked."""
+    tries: list[str] = []
+    call = Call(centre)
+
+    def answer(site: str, *rest: Any) -> Any:
+        tries.append(site)
+        return None if tries.count(site) == 1 and site == "b" else centre.good(site, *rest)
+
+    after(0.2, lambda: call.grid.num_connections.update("b"))
+    answers = call.ask(answer)
+    assert list(answers.good) == ["a", "b", "c"]
+    assert tries == ["a", "b", "c", "b"]
+    assert answers.num_late == 0
+    asked = Message(RecordDict(), dst_node_id=22, message_type=MessageType.TRAIN)
+    asked.metadata.__dict__["_message_id"] = "message-1"
+    call.grid.replies["message-1"] = reply(asked, RecordDict())
+    assert call.ask(server_round=2).num_late == 1
+
+
+def test_a_site_that_connects_anew_all_the_time_does_not_hold_up_the_rest(centre: Any) -> None:
+    call = Call(centre, deadline=1.5)
+    call.grid.get_nodes = lambda nodes=call.grid.get_nodes: call.grid.num_connections.update("b") or nodes()
+    tries: list[str] = []
+    answers = call.ask(lambda site, *rest: tries.append(site) if site == "b" else centre.good(site, *rest))
+    assert tries == ["b"] * MAX_ASKS
+    assert list(answers.failed) == ["b"]
 
 
 def test_an_error_of_the_site_itself_is_not_asked_again(centre: Any) -> None:
