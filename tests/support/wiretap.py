@@ -105,7 +105,9 @@ class Wiretap:
             inward, outward = await asyncio.open_connection(*self.centre, ssl=self.trust)
         except OSError:
             # The centre is not up. What is said to it now has left the hospital all the same.
-            heard += await reader.read(1 << 20)
+            with contextlib.suppress(TimeoutError, OSError):
+                while data := await asyncio.wait_for(reader.read(65536), timeout=1.0):
+                    heard += data
         else:
             with contextlib.suppress(OSError):
                 await asyncio.gather(_carry(reader, outward, heard), _carry(inward, writer, None))
