@@ -97,6 +97,7 @@ def test_golden_epsilon_matches_the_formula_of_the_paper(spends: list[Spend], de
 
 
 # With a rate of 0.6 its series does not converge at low orders; it leaves them out and comes out up to 14 % higher.
+@pytest.mark.slow
 @pytest.mark.parametrize(("spends", "delta"), random_settings(20, USUAL_RATES))
 def test_golden_epsilon_is_that_of_another_library(spends: list[Spend], delta: float) -> None:
     assert epsilon(spends, delta=delta) == pytest.approx(other_epsilon(spends, delta), rel=0.01)
