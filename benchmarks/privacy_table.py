@@ -96,6 +96,7 @@ ROWS = [
     Row("nuclei", 8, model="small", noise_of=192),
     Row("cardiac", 8, "patient", model="small", noise_of=104),
     Row("cardiac", 8, "patient", model="small", noise_of=416),
+    *(Row("cardiac", 8, "patient", model="small", pooled=True, noise_of=patients) for patients in (130, 260, 520)),
     Row("nuclei", 8, seeds=TWO),
     Row("nuclei", None),
     Row("cardiac", 8, seeds=TWO),
