@@ -137,6 +137,7 @@ class TestAdmission:
             Admission(site_with(KNOWN, clock=dt.timedelta(minutes=10))).obstacle()
         assert not isinstance(caught.value, ConnectError)
 
+    @pytest.mark.slow
     def test_slow_answer_is_no_wrong_clock(
         self, site_with: Callable[..., SiteConfig], monkeypatch: pytest.MonkeyPatch
     ) -> None:

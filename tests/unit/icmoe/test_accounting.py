@@ -7,8 +7,6 @@ import sys
 
 import numpy as np
 import pytest
-from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent
-from dp_accounting.rdp import RdpAccountant
 
 from icmoe.errors import BudgetExhaustedError, PrivacyError
 from icmoe.privacy.accounting import (
@@ -54,6 +52,10 @@ def exact_epsilon(spends: list[Spend], delta: float) -> float:
 
 def other_epsilon(spends: list[Spend], delta: float) -> float:
     """The same by Google's ``dp-accounting``, which shares no code with Opacus; its own orders leave 64 to 128 out."""
+    # Costs a second, which quick tests need not pay.
+    from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent
+    from dp_accounting.rdp import RdpAccountant
+
     accountant = RdpAccountant([*np.arange(1.1, 11.0, 0.1), *range(11, 128), *range(128, 1024, 16)])
     for spend in spends:
         step = PoissonSampledDpEvent(spend.sample_rate, GaussianDpEvent(spend.noise_multiplier))

@@ -507,6 +507,7 @@ def misbehave(item: int) -> int:
 
 
 class TestIsolation:
+    @pytest.mark.slow
     def test_bad_items_cost_only_themselves(self) -> None:
         chunks = [[(0, 0), (1, 1), (2, 2)], [(3, 3), (4, 4)]]
         results = dict(run_isolated(misbehave, chunks, num_workers=1, seconds_per_item=2.0))

@@ -92,6 +92,7 @@ def test_watch_of_a_failed_run_fails(centre: Centre) -> None:
     assert "site a is missing" in str(shown.exception)
 
 
+@pytest.mark.slow
 def test_watch_in_a_terminal_is_a_live_view(centre: Centre) -> None:
     """In a pseudo-terminal of 80 columns: it draws, redraws, and Ctrl-C leaves the run alone."""
     program = "from icmoe.commands.operator import watch; import typer; typer.run(watch)"

@@ -371,6 +371,7 @@ class TestImport:
         assert sum(counts[3:]) == pytest.approx(np.pi * 30**2, rel=0.01)
         assert all(sample.mask.name.endswith(".nii.gz") for sample in samples)
 
+    @pytest.mark.slow
     def test_import_and_check(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("ICMOE_SITE_DIR", str(tmp_path / "site"))
         monkeypatch.setenv("ICMOE_CACHE_DIR", str(tmp_path / "cache"))

@@ -95,7 +95,7 @@ def test_a_site_that_connected_anew_unseen_is_asked_again_and_its_first_answer_c
 
 
 def test_a_site_that_connects_anew_all_the_time_does_not_hold_up_the_rest(centre: Any) -> None:
-    call = Call(centre, deadline=1.5)
+    call = Call(centre, deadline=0.5)
     call.grid.get_nodes = lambda nodes=call.grid.get_nodes: call.grid.num_connections.update("b") or nodes()
     tries: list[str] = []
     answers = call.ask(lambda site, *rest: tries.append(site) if site == "b" else centre.good(site, *rest))

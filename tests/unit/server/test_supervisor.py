@@ -43,6 +43,7 @@ def keep_until(kept: Kept, restarts: int, *, seconds: float = 20.0) -> float:
     return time.monotonic() - started
 
 
+@pytest.mark.slow
 def test_a_child_is_started_again_with_growing_pauses(tmp_path: Path) -> None:
     command = [sys.executable, "-c", "print('gone')"]
     kept = Kept("short", lambda: command, environment={}, log=tmp_path / "short.log")
@@ -54,6 +55,7 @@ def test_a_child_is_started_again_with_growing_pauses(tmp_path: Path) -> None:
     assert "gone" in (tmp_path / "short.log").read_text()
 
 
+@pytest.mark.slow
 def test_a_child_is_ended_with_all_it_started(tmp_path: Path) -> None:
     script = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(99)']);"
     kept = Kept(
