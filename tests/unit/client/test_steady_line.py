@@ -64,7 +64,7 @@ class Centre:
                 pass
 
         with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-            thread = threading.Thread(target=server.serve_forever)
+            thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
             thread.start()
             address = f"127.0.0.1:{server.server_address[1]}"
             with closing(kind.from_server_address(address, True, None, interceptors=[])) as client:
