@@ -8,7 +8,8 @@ Flower sends a call again when it failed, but flwr 1.41 loses a site or its roun
 - A message that was handed out while the line broke counts as delivered and is never handed out again.
 - When the loop that asks for messages ended for good, the process stays, deaf and for ever.
 
-``run_supernode`` is started in place of ``flower-supernode`` and mends these four. All else is Flower's own.
+``run_supernode`` is started in place of ``flower-supernode`` and mends these four, and what ``late_replies`` names. It
+also keeps to itself how long each training took, which Flower would tell the centre. All else is Flower's own.
 """
 
 import contextlib
